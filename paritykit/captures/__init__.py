@@ -1,0 +1,1 @@
+"""Captures: what one engine computed on some cases, on disk, in one format."""

@@ -1,0 +1,190 @@
+"""Cases: the inputs both engines get, and the named sets that ship with ParityKit.
+
+A case is token ids and what follows them. Built-in cases are recipes: they draw seeded token ids over the whole
+vocabulary of the model they meet (the last id included), so that one name works for every model.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paritykit.errors import UnknownNameError, UsageError
+
+Tokenize = Callable[[str], list[int]]
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One input.
+
+    ``tokens`` is the prompt; ``new_tokens`` how many are generated greedily after it; ``forced`` the ids fed instead
+    of the engine's own choices (teacher forcing; at most ``new_tokens`` of them). Cases of one ``batch`` are
+    submitted together, batches one after the other. Computed positions: ``len(tokens) + new_tokens - 1``, or
+    ``len(tokens)`` where nothing is generated (the last new token is never fed back).
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    new_tokens: int = 0
+    batch: int = 0
+    forced: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """Number of positions an engine computes for this case."""
+        return len(self.tokens) + max(self.new_tokens - 1, 0)
+
+    def force(self, generated: Iterable[int]) -> Case:
+        """This case with ``generated`` fed in place of the engine's own choices."""
+        return msgspec.structs.replace(self, forced=tuple(generated)[: self.new_tokens])
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """A built-in case before it meets a model: prompt length, generated tokens, batch."""
+
+    length: int
+    new_tokens: int = 8
+    batch: int = 0
+
+    def draw(self, name: str, *, vocab_size: int, max_positions: int | None = None) -> Case:
+        """The case for a model: seeded ids in ``[0, vocab_size)``, the last id among them unless there is only one.
+
+        Shortened to fit ``max_positions`` where the model is too small for it.
+        """
+        new = self.new_tokens
+        length = self.length if max_positions is None else max(1, min(self.length, max_positions - new))
+        rng = random.Random(f"{name}/{vocab_size}")
+        tokens = [rng.randrange(vocab_size) for _ in range(length)]
+        if length > 1:
+            tokens[length // 2] = vocab_size - 1
+        return Case(id=name, tokens=tuple(tokens), new_tokens=new, batch=self.batch)
+
+
+RECIPES: dict[str, Recipe] = {
+    "one": Recipe(1),
+    "short": Recipe(7),
+    "long-40": Recipe(40),
+    "long-200": Recipe(200),
+    "ragged-1": Recipe(1),
+    "ragged-13": Recipe(13),
+    "ragged-33": Recipe(33),
+}
+SETS: dict[str, tuple[str, ...]] = {
+    "smoke": ("short", "long-40", "long-200"),
+    "ragged-batch": ("ragged-1", "ragged-13", "ragged-33"),
+}
+"""Names for several cases that are submitted as one batch."""
+
+
+class CaseSet:
+    """Named cases, not yet tied to a model. ``resolve`` gives the cases; as a decorator it parametrises a test.
+
+    ``CaseSet`` is what ``pk.cases(...)`` returns::
+
+        @pk.cases("short", "long-40")
+        def test_modules(parity, case):
+            parity.check("modules", case)
+    """
+
+    def __init__(self, names: Iterable[str], fixed: Iterable[Case] = ()) -> None:
+        self.names = tuple(names)
+        self.fixed = tuple(fixed)
+        for name in self.names:
+            if name not in RECIPES and name not in SETS:
+                raise UnknownNameError("case", name, [*RECIPES, *SETS])
+
+    def ids(self) -> list[str]:
+        """The case ids, known before any model is."""
+        return list(dict.fromkeys([*self._recipes(), *(c.id for c in self.fixed)]))
+
+    def resolve(self, *, vocab_size: int, max_positions: int | None = None) -> list[Case]:
+        """The cases for a model, checked against its vocabulary and length.
+
+        Raises UsageError for an id outside the vocabulary, a prompt longer than ``max_positions``, or a repeated id.
+        """
+        drawn = [r.draw(n, vocab_size=vocab_size, max_positions=max_positions) for n, r in self._recipes().items()]
+        return validate([*drawn, *self.fixed], vocab_size=vocab_size, max_positions=max_positions)
+
+    def __call__(self, test: Callable[..., Any]) -> Any:
+        """Parametrise ``test`` over ``case``: one pytest item for each case id."""
+        import pytest
+
+        return pytest.mark.parametrize("case", self.ids())(pytest.mark.parity_cases(self)(test))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    def _recipes(self) -> dict[str, Recipe]:
+        return {recipe: RECIPES[recipe] for name in self.names for recipe in SETS.get(name, (name,))}
+
+
+def cases(*names: str, file: str | os.PathLike[str] | None = None) -> CaseSet:
+    """The named cases or sets (default: ``smoke``), and those of a cases file. UnknownNameError on a miss."""
+    fixed = read_cases(file) if file is not None else []
+    return CaseSet(names or (() if fixed else ("smoke",)), fixed)
+
+
+def validate(found: list[Case], *, vocab_size: int, max_positions: int | None = None) -> list[Case]:
+    """``found``, after checking ids, token ranges and lengths. Raises UsageError naming the case."""
+    seen: set[str] = set()
+    for case in found:
+        if case.id in seen:
+            raise UsageError(f"case id {case.id!r} is used twice")
+        seen.add(case.id)
+        if not case.tokens:
+            raise UsageError(f"case {case.id!r} has no tokens")
+        bad = next((t for t in (*case.tokens, *case.forced) if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"case {case.id!r}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
+        if max_positions is not None and len(case.tokens) + case.new_tokens > max_positions:
+            raise UsageError(
+                f"case {case.id!r}: {len(case.tokens)} tokens and {case.new_tokens} new ones are more than "
+                f"the model's {max_positions} positions"
+            )
+    return found
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    tokens: list[int] | None = None
+    text: str | None = None
+    new_tokens: int = 0
+    batch: int = 0
+    forced: list[int] = []
+
+
+def read_cases(path: str | os.PathLike[str], *, tokenize: Tokenize | None = None) -> list[Case]:
+    """Cases from a JSONL file, one a line; ``"text"`` needs ``tokenize``. Raises UsageError with the line number."""
+    source = Path(path)
+    try:
+        lines = source.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read cases from {source}: {error}") from error
+    found = [_parse(f"{source}, line {n}", text, tokenize) for n, text in enumerate(lines, 1) if text.strip()]
+    if not found:
+        raise UsageError(f"{source} has no cases")
+    return found
+
+
+def _parse(where: str, text: str, tokenize: Tokenize | None) -> Case:
+    try:
+        line = msgspec.json.decode(text, type=_Line)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{where}: {error}") from error
+    tokens = line.tokens
+    if tokens is None and line.text is not None:
+        if tokenize is None:
+            raise UsageError(f'{where}: "text" needs a tokenizer, and this model has none; give "tokens"')
+        tokens = tokenize(line.text)
+    if not tokens:
+        raise UsageError(f'{where}: no "tokens"')
+    if line.new_tokens < 0 or len(line.forced) > line.new_tokens:
+        raise UsageError(f'{where}: "new_tokens" must be at least the number of "forced" ids, and not negative')
+    return Case(
+        id=line.id, tokens=tuple(tokens), new_tokens=line.new_tokens, batch=line.batch, forced=tuple(line.forced)
+    )

@@ -1,0 +1,55 @@
+"""What ``paritykit list`` lists: names with one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from paritykit.case import RECIPES, SETS
+from paritykit.checks import CHECKS
+from paritykit.engines import ENGINES
+from paritykit.reports import REPORTS
+
+ENGINE_LINES = {
+    "hf": "the reference: transformers, one case at a time",
+    "vllm": "vLLM, hooked in its workers",
+    "module": "any nn.Module of your own (from Python)",
+}
+
+
+def _engines() -> Iterable[tuple[str, str]]:
+    return ((name, ENGINE_LINES.get(name, "from an installed package")) for name in ENGINES.names())
+
+
+def _checks() -> Iterable[tuple[str, str]]:
+    return ((name, check.question) for name, check in CHECKS.items())
+
+
+def _cases() -> Iterable[tuple[str, str]]:
+    yield from ((n, f"{r.length} tokens, {r.new_tokens} new") for n, r in RECIPES.items())
+    yield from ((n, "one batch of " + ", ".join(recipes)) for n, recipes in SETS.items())
+
+
+def _models() -> Iterable[tuple[str, str]]:
+    from paritykit.testing import TINY_FAMILIES
+
+    return ((f"tiny:{name}", "") for name in TINY_FAMILIES)
+
+
+def _metrics() -> Iterable[tuple[str, str]]:
+    from paritykit.comparison.measurement import METRICS
+
+    yield from METRICS.items()
+
+
+def _reports() -> Iterable[tuple[str, str]]:
+    return ((name, "") for name in REPORTS.names())
+
+
+LISTINGS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "engines": _engines,
+    "checks": _checks,
+    "cases": _cases,
+    "models": _models,
+    "metrics": _metrics,
+    "reports": _reports,
+}

@@ -1,0 +1,36 @@
+"""What a user may write for MODEL: a folder, a hub id, or ``tiny:FAMILY``."""
+
+from __future__ import annotations
+
+from paritykit.case import Tokenize
+from paritykit.engines.checkpoint import Checkpoint
+
+TINY = "tiny:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def resolve_model(model: str) -> Checkpoint:
+    """The checkpoint for what the user wrote; ``tiny:qwen2`` is made on the spot.
+
+    Raises UsageError if there is none, or if the headers of its weight files show that they are damaged.
+    """
+    if model.startswith(TINY):
+        from paritykit.testing import tiny_model
+
+        return Checkpoint.find(str(tiny_model(model.removeprefix(TINY))))
+    found = Checkpoint.find(model)
+    _ = found.tensors
+    return found
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenize | None:
+    """A function from text to token ids, loaded on first use; None where the checkpoint has no tokenizer."""
+    if not any((checkpoint.path / n).is_file() for n in TOKENIZER_FILES):
+        return None
+
+    def tokenize(text: str) -> list[int]:
+        from transformers import AutoTokenizer
+
+        return list(AutoTokenizer.from_pretrained(checkpoint.path)(text)["input_ids"])
+
+    return tokenize

@@ -1,0 +1,84 @@
+"""The options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from paritykit.errors import UsageError
+
+Decorator = Callable[[Any], Any]
+
+
+def _file(name: str, text: str) -> Decorator:
+    return click.option(name, type=click.Path(path_type=Path, dir_okay=False), help=text)
+
+
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; the exit code still tells.")
+CASES = (
+    click.option("--case", multiple=True, help="Case or set of cases (repeatable; default: smoke)."),
+    _file("--cases", "JSONL file, one case a line; --case then picks by id."),
+    click.option("--engine-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the engine (repeatable)."),
+)
+RUN_OPTIONS = (
+    click.option("--reference", help="Reference engine (default: hf)."),
+    click.option("--candidate", help="Candidate engine, or package.module:factory (default: vllm)."),
+    click.option("--check", multiple=True, help="Check to run (repeatable; default: all)."),
+    click.option("--dtype", help="The candidate's dtype (default: auto, the checkpoint's own)."),
+    click.option("--reference-dtype", help="The reference's dtype (default: float32)."),
+    click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Ranks of the candidate."),
+    click.option(
+        "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."
+    ),
+    _file("--map", "TOML file with mapping rules."),
+    *CASES,
+)
+CAPTURE_OPTIONS = (
+    click.option("--dtype", default="auto", show_default=True, help="The engine's dtype."),
+    click.option("--point", multiple=True, help="Pattern of points to record (repeatable; default: all)."),
+    click.option("--follow", type=click.Path(path_type=Path), help="Capture whose generated tokens are fed."),
+    *CASES,
+    QUIET,
+)
+REPORT_OPTIONS = (
+    _file("--jsonl", "Write the records of the run."),
+    _file("--html", "Write the HTML report."),
+    _file("--markdown", "Write a Markdown summary."),
+    _file("--junit", "Write JUnit XML."),
+    click.option("-v", "--verbose", is_flag=True, help="Also list the worst points."),
+    QUIET,
+)
+
+
+def apply(options: Iterable[Decorator]) -> Decorator:
+    """A decorator that adds ``options`` in the order given."""
+    listed = list(options)
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(listed):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; values are JSON where they can be, text otherwise. Raises UsageError.
+
+    >>> parse_engine_args(["block_size=32", "attention_backend=CPU_MLA"])
+    {'block_size': 32, 'attention_backend': 'CPU_MLA'}
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--engine-arg {pair!r} is not of the form KEY=VALUE")
+        try:
+            found[key] = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            found[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return found
