@@ -1,0 +1,93 @@
+"""The process an engine lives in: ``python -m paritykit.engines.child READ WRITE LIFELINE`` (file descriptors).
+
+When the parent goes, for whatever reason, the lifeline ends and the whole process group with it: no orphans.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from paritykit.captures.recorder import Selection
+from paritykit.engines import build_engine
+from paritykit.engines.group import end_group
+from paritykit.engines.messages import Answer, Close, Done, Failed, Open, Order, RunCases, Working, decode_order, encode
+from paritykit.errors import ParityError
+
+
+def main(arguments: list[str]) -> None:
+    """Serve orders until the parent hangs up."""
+    orders, answers, lifeline = (int(a) for a in arguments)
+    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host = _Host(Connection(answers, readable=False))
+    incoming = Connection(orders, writable=False)
+    while True:
+        try:
+            order = decode_order(incoming.recv_bytes())
+        except EOFError:
+            host.close()
+            return
+        host.serve(order)
+
+
+class _Host:
+    """Holds the engine that is open, if any."""
+
+    def __init__(self, answers: Connection) -> None:
+        self._answers = answers
+        self._engine: Any = None
+
+    def serve(self, order: Order) -> None:
+        """Carry out one order and answer it."""
+        try:
+            answer = self._carry_out(order)
+        except ParityError as error:
+            answer = Failed(type(error).__name__, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            answer = Failed("", f"{type(error).__name__}: {error}")
+        self._say(answer)
+
+    def close(self) -> None:
+        """Close the engine, if one is open."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            engine.close()
+
+    def _carry_out(self, order: Order) -> Answer:
+        if isinstance(order, Open):
+            self.close()
+            self._engine = build_engine(order.engine, order.model, order.arguments)
+            self._engine.open()
+            return Done(self._engine.describe(), sorted(self._engine.capabilities))
+        if isinstance(order, Close):
+            self.close()
+            return Done()
+        return self._run(order)
+
+    def _run(self, order: RunCases) -> Answer:
+        def progress(what: str, done: int, total: int) -> None:
+            self._say(Working(what, done, total))
+
+        self._engine.run(order.cases, points=Selection(order.points), out=Path(order.out), progress=progress)
+        return Done()
+
+    def _say(self, answer: Answer) -> None:
+        self._answers.send_bytes(encode(answer))
+
+
+def _die_with_parent(lifeline: int) -> None:
+    while os.read(lifeline, 1):
+        pass
+    end_group(os.getpgid(0))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

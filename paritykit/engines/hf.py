@@ -1,0 +1,215 @@
+"""The reference: a Hugging Face model, run plainly, one forward pass at a time.
+
+Each case runs alone by default (``padding="none"``), so that nothing of its neighbours or of padding can reach it;
+``padding="left"`` runs a batch as users do, and padded places are cut from what is recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from paritykit.captures.layout import DenseLayout
+from paritykit.captures.manifest import Manifest, Segment
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Recorder, Selection
+from paritykit.captures.writer import CaptureFolder, PartWriter
+from paritykit.case import Case
+from paritykit.engines.base import Progress, batches
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.dtypes import parse_dtype
+from paritykit.engines.reading import FirstTensor
+from paritykit.errors import EngineError, UsageError
+from paritykit.results import Side
+
+
+def other_meaning(module: nn.Module) -> str:
+    """Why no engine has an equal of this module; empty if it may be compared."""
+    if "RotaryEmbedding" in type(module).__name__:
+        return "cos and sin tables; other engines apply rotary inside attention, where its effect shows"
+    if hasattr(module, "embed_scale"):
+        return "scaled inside the module here, outside elsewhere; compared scaled, as the first norm's input"
+    return ""
+
+
+class HFEngine:
+    """``engine("hf", MODEL, dtype="float32")``: any ``AutoModelForCausalLM``.
+
+    ``dtype`` float64, float32, bfloat16 or float16; ``attn_implementation`` as in transformers, ``eager`` by default;
+    ``padding`` ``none`` or ``left``. Raises UsageError for a bad argument, EngineError if the model does not load.
+    """
+
+    capabilities = frozenset({"logits", "decode", "teacher_forcing"})
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attn_implementation: str = "eager",
+        padding: str = "none",
+        trust_remote_code: bool = False,
+    ) -> None:
+        if padding not in ("none", "left"):
+            raise UsageError(f"padding must be 'none' or 'left', not {padding!r}")
+        self.checkpoint = Checkpoint.find(model)
+        self._dtype = parse_dtype(self.checkpoint.dtype if dtype == "auto" else dtype)
+        self._device = device
+        self._attention = attn_implementation
+        self._padding = padding
+        self._trust = trust_remote_code
+        self._model: Any = None
+
+    def open(self) -> None:
+        """Load the model in evaluation mode."""
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.checkpoint.path,
+                    dtype=self._dtype,
+                    attn_implementation=self._attention,
+                    trust_remote_code=self._trust,
+                )
+            self._model = model.to(self._device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
+            raise EngineError(f"hf cannot load {self.checkpoint.path}: {error}") from error
+
+    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+        """See ``Engine.run``; new tokens come from the model's KV cache, one step at a time."""
+        with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad():
+            layout = DenseLayout()
+            generated: dict[str, list[int]] = {}
+            with Recorder(self._model, part, reading=FirstTensor(), selection=points, alias=True) as recorder:
+                groups = [[c] for b in batches(cases) for c in b] if self._padding == "none" else batches(cases)
+                for number, group in enumerate(groups):
+                    if progress:
+                        progress("hf", number, len(groups))
+                    generation = _Generation(self._model, group, index={c.id: i for i, c in enumerate(cases)})
+                    generated |= generation.run(recorder, layout)
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts())
+            return Capture.open(folder.commit(manifest, [part.finish()]), verify=False)
+
+    def describe(self) -> Side:
+        """Versions, dtype and attention of the loaded model."""
+        return Side(
+            engine="hf",
+            model=str(self.checkpoint.path),
+            dtype=str(self._dtype).removeprefix("torch."),
+            device=self._device,
+            digest=self.checkpoint.digest,
+            attention_backend=self._attention,
+            versions={"transformers": transformers.__version__, "torch": str(torch.__version__)},
+            args={"padding": self._padding},
+        )
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+        gc.collect()
+
+    def _facts(self) -> dict[str, Any]:
+        """What mapping needs: where transformers put each checkpoint tensor, and modules that mean something else."""
+        head = self._model.get_output_embeddings()
+        return {
+            "parameters": parameter_names(self._model, list(self.checkpoint.tensors)),
+            "meanings": {n: why for n, m in self._model.named_modules() if (why := other_meaning(m))},
+            "head": next((n for n, m in self._model.named_modules() if m is head), ""),
+        }
+
+
+class _Generation:
+    """One batch from prompt to last token."""
+
+    def __init__(self, model: Any, group: list[Case], *, index: Mapping[str, int]) -> None:
+        self._model = model
+        self._group = group
+        self._index = index
+        self._longest = max(len(c.tokens) for c in group)
+        self._device = next(model.parameters()).device
+
+    def run(self, recorder: Recorder, layout: DenseLayout) -> dict[str, list[int]]:
+        """Prefill and decode. Returns the tokens the model itself chose after each case."""
+        chosen: dict[str, list[int]] = {c.id: [] for c in self._group}
+        tokens = [[0] * (self._longest - len(c.tokens)) + list(c.tokens) for c in self._group]
+        mask = [[0] * (self._longest - len(c.tokens)) + [1] * len(c.tokens) for c in self._group]
+        cache: Any = None
+        for step in range(max(1, *(c.new_tokens for c in self._group))):
+            segments, keep = self._labels(step, mask)
+            layout.set(len(tokens), len(tokens[0]), keep=torch.tensor(keep, dtype=torch.bool))
+            recorder.begin(segments, layout.rows)
+            output = self._forward(tokens, mask, cache)
+            recorder.end()
+            cache = output.past_key_values
+            choice = output.logits[:, -1].argmax(-1).tolist()
+            tokens = [[self._next(c, step, choice[i], chosen)] for i, c in enumerate(self._group)]
+            mask = [[*row, 1] for row in mask]
+        return chosen
+
+    def _forward(self, tokens: list[list[int]], mask: list[list[int]], cache: Any) -> Any:
+        extra: dict[str, Any] = {}
+        if not all(all(row) for row in mask):
+            attention = torch.tensor(mask, device=self._device)
+            positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -len(tokens[0]) :]
+            extra = {"attention_mask": attention}
+            if "position_ids" in signature(self._model.forward).parameters:
+                extra["position_ids"] = positions
+        ids = torch.tensor(tokens, device=self._device)
+        with quiet():
+            return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+
+    def _labels(self, step: int, mask: list[list[int]]) -> tuple[list[Segment], list[list[bool]]]:
+        """Row labels of this step, and which places are real: padding and finished cases are not."""
+        segments, keep = [], []
+        for case, row in zip(self._group, mask, strict=True):
+            live = step < max(case.new_tokens, 1)
+            places = row if step == 0 else row[-1:]
+            keep.append([bool(p) and live for p in places])
+            if live:
+                start = 0 if step == 0 else len(case.tokens) + step - 1
+                segments.append(Segment(self._index[case.id], start, len(case.tokens) if step == 0 else 1))
+        return segments, keep
+
+    @staticmethod
+    def _next(case: Case, step: int, choice: int, chosen: dict[str, list[int]]) -> int:
+        if step < case.new_tokens:
+            chosen[case.id].append(choice)
+        return case.forced[step] if step < len(case.forced) else choice
+
+
+def parameter_names(model: Any, names: list[str]) -> dict[str, str]:
+    """Checkpoint tensor name to parameter name, as transformers renames while loading."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return {n: n for n in names}
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    prefix, own = model.base_model_prefix, model.state_dict()
+    return {n: rename_source_key(n, renamings, converters, prefix, own)[0] for n in names}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Library warnings are not the user's business here; errors still are."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

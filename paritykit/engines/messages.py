@@ -1,0 +1,60 @@
+"""What a parent and an engine's process say to each other: msgpack over a pipe, never pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from paritykit.case import Case
+from paritykit.results import Side
+
+
+class Open(msgspec.Struct, tag=True):
+    """Build and open an engine."""
+
+    engine: str
+    model: str
+    arguments: dict[str, Any]
+
+
+class RunCases(msgspec.Struct, tag=True):
+    """Run cases, recording points (None: all) into folder ``out``."""
+
+    cases: list[Case]
+    points: list[str] | None
+    out: str
+
+
+class Close(msgspec.Struct, tag=True):
+    """Close the engine; the process may open another."""
+
+
+class Done(msgspec.Struct, tag=True):
+    """The order was carried out."""
+
+    side: Side | None = None
+    capabilities: list[str] = []
+
+
+class Working(msgspec.Struct, tag=True):
+    """Progress of the order under way."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The order failed: the error's class in ``paritykit.errors`` (empty: unforeseen) and its text."""
+
+    error: str
+    message: str
+
+
+Order = Open | RunCases | Close
+Answer = Done | Working | Failed
+
+encode = msgspec.msgpack.encode
+decode_order = msgspec.msgpack.Decoder(Order).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode

@@ -1,0 +1,143 @@
+"""An engine of the user's own: any ``nn.Module`` and a function that runs it.
+
+::
+
+    pk.engine("module", model=my_module, forward=my_forward, load=my_loader)
+
+``forward(model, input_ids, positions)`` gets ``[1, tokens]`` integer tensors of one case and returns its logits,
+``[tokens, vocab]`` or ``[1, tokens, vocab]`` (or None, where only modules are compared). Tokens after the prompt are
+computed in the same pass; an engine with a KV cache of its own is better served by an ``Engine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paritykit.captures.layout import DenseLayout
+from paritykit.captures.manifest import Manifest, Segment
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Recorder, Seen, Selection
+from paritykit.captures.writer import CaptureFolder, PartWriter
+from paritykit.case import Case
+from paritykit.engines.base import Progress
+from paritykit.engines.reading import FirstTensor
+from paritykit.errors import EngineError, UsageError
+from paritykit.results import Side
+
+Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor | None]
+Load = Callable[[nn.Module], None]
+
+
+class ModuleEngine:
+    """``engine("module", model=..., forward=..., load=...)``; ``name`` is what reports call it.
+
+    ``load(model)`` is called on opening. Raises UsageError if ``model`` is no module.
+    """
+
+    capabilities = frozenset({"logits", "teacher_forcing"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        forward: Forward | None = None,
+        load: Load | None = None,
+        name: str = "module",
+        dtype: str = "auto",
+        head: str = "",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"engine 'module' needs an nn.Module as model, not {type(model).__name__}")
+        self._model = model
+        self._forward: Forward = forward or _plain_forward
+        self._load = load
+        self._name = name
+        self._dtype = dtype
+        self._head = head
+
+    def open(self) -> None:
+        """Put the module into evaluation mode, cast and load it."""
+        if self._dtype != "auto":
+            from paritykit.engines.dtypes import parse_dtype
+
+            self._model.to(parse_dtype(self._dtype))
+        self._model.eval()
+        if self._load:
+            self._load(self._model)
+
+    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+        """See ``Engine.run``: one pass over prompt and forced tokens for each case."""
+        generated: dict[str, list[int]] = {}
+        with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad():
+            layout = DenseLayout()
+            with Recorder(self._model, part, reading=FirstTensor(), selection=points, alias=True) as recorder:
+                for index, case in enumerate(cases):
+                    if progress:
+                        progress(self._name, index, len(cases))
+                    generated[case.id] = self._one(case, index, recorder, layout)
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts={"head": self._head})
+            return Capture.open(folder.commit(manifest, [part.finish()]), verify=False)
+
+    def describe(self) -> Side:
+        """Dtype and device of the module's first parameter."""
+        first = next(self._model.parameters(), torch.zeros(0))
+        return Side(
+            engine=self._name,
+            model=type(self._model).__name__,
+            device=str(first.device),
+            dtype=str(first.dtype).removeprefix("torch."),
+            versions={"torch": str(torch.__version__)},
+        )
+
+    def close(self) -> None:
+        """Nothing to free: the module is the caller's."""
+
+    def _one(self, case: Case, index: int, recorder: Recorder, layout: DenseLayout) -> list[int]:
+        tokens = [*case.tokens, *case.forced][: case.positions]
+        free = len(tokens)
+        while len(tokens) < case.positions:
+            tokens.append(int(self._choosing(tokens, case)[-1].argmax()))
+        layout.set(1, len(tokens))
+        recorder.begin([Segment(index, 0, len(tokens))], layout.rows)
+        logits = self._logits(tokens)
+        if logits is not None:
+            recorder.record(Seen("logits", logits[None]), module="", kind=type(self._model).__name__)
+        recorder.end()
+        if not case.new_tokens or logits is None:
+            return []
+        own: list[int] = logits[len(case.tokens) - 1 :].argmax(-1).tolist()
+        forced = free - len(case.tokens)
+        return [*own[:forced], *tokens[free:], own[-1]]
+
+    def _choosing(self, tokens: list[int], case: Case) -> torch.Tensor:
+        logits = self._logits(tokens)
+        if logits is None:
+            raise EngineError(
+                f"forward of engine {self._name!r} returned no logits to choose the new tokens of {case.id!r} by"
+            )
+        return logits
+
+    def _logits(self, tokens: list[int]) -> torch.Tensor | None:
+        device = next(self._model.parameters(), torch.zeros(0)).device
+        ids = torch.tensor([tokens], device=device)
+        logits = self._forward(self._model, ids, torch.arange(len(tokens), device=device)[None])
+        if logits is None:
+            return None
+        if not isinstance(logits, torch.Tensor):
+            raise EngineError(f"forward of engine {self._name!r} must return its logits, not {type(logits).__name__}")
+        if logits.dim() < 2 or logits.shape[:-1].numel() != len(tokens):
+            raise EngineError(
+                f"forward of engine {self._name!r} returned {list(logits.shape)} for {len(tokens)} tokens"
+            )
+        return logits.reshape(len(tokens), -1)
+
+
+def _plain_forward(model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> Any:
+    del positions
+    output = model(input_ids)
+    return getattr(output, "logits", output)

@@ -1,0 +1,190 @@
+"""Any engine in a process of its own: engines patch the libraries they share, and crash in their own ways."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+from paritykit import errors
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Selection
+from paritykit.case import Case
+from paritykit.engines.base import Progress
+from paritykit.engines.group import end_group
+from paritykit.engines.messages import (
+    Answer,
+    Close,
+    Done,
+    Failed,
+    Open,
+    Order,
+    RunCases,
+    Working,
+    decode_answer,
+    encode,
+)
+from paritykit.errors import EngineError, ParityError
+from paritykit.results import Side
+
+TAIL = 12
+PATIENCE = 20.0
+HEARTBEAT = 1.0
+"""Seconds between looks at whether a silent process is alive: one it forked may hold the pipe open after its end."""
+
+
+class HostProcess:
+    """A child process that opens engines one after another; started on first use, stopped with all its children."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def ask(self, order: Order, *, progress: Progress | None = None) -> Done:
+        """Send an order and wait for its answer. Raises what the engine raised; EngineError if the process died."""
+        if self._process is None:
+            self._start()
+        try:
+            self._orders.send_bytes(encode(order))
+            while isinstance(answer := self._receive(), Working):
+                if progress:
+                    progress(answer.what, answer.done, answer.total)
+        except (EOFError, OSError) as error:
+            raise EngineError(self._obituary()) from error
+        except BaseException:
+            self.kill()
+            raise
+        if isinstance(answer, Failed):
+            raise self._error(answer)
+        return answer
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None
+
+    def stop(self) -> None:
+        """Let the process end by itself, then make sure that it and its children have."""
+        if self._process is None:
+            return
+        try:
+            self._orders.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the whole process group, whatever it is doing."""
+        if self._process is None:
+            return
+        end_group(self._process.pid)
+        self._process.wait()
+        for end in (self._orders, self._answers):
+            end.close()
+        os.close(self._lifeline)
+        if self._log is not None:
+            self._log.close()
+        self._process = self._log = None
+
+    def _start(self) -> None:
+        order_read, order_write = os.pipe()
+        answer_read, answer_write = os.pipe()
+        life_read, self._lifeline = os.pipe()
+        theirs = (order_read, answer_write, life_read)
+        self._orders = Connection(order_write, readable=False)
+        self._answers = Connection(answer_read, writable=False)
+        self._log = tempfile.TemporaryFile(prefix="paritykit-engine-")  # noqa: SIM115  (closed by kill)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "paritykit.engines.child", *map(str, theirs)],
+            pass_fds=theirs,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        for end in theirs:
+            os.close(end)
+
+    def _receive(self) -> Answer:
+        assert self._process is not None
+        while not self._answers.poll(HEARTBEAT):
+            if self._process.poll() is not None and not self._answers.poll():
+                raise EOFError
+        answer: Answer = decode_answer(self._answers.recv_bytes())
+        return answer
+
+    def _obituary(self) -> str:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE)
+        code = self._process.returncode
+        how = "stopped answering" if code is None else f"died of signal {-code}" if code < 0 else f"exited with {code}"
+        text = f"the engine's process {how}; its last words:\n{self.tail()}"
+        self.kill()
+        return text
+
+    def _error(self, answer: Failed) -> ParityError:
+        kind = getattr(errors, answer.error, EngineError) if answer.error else EngineError
+        text = answer.message if answer.error else f"{answer.message}; the engine's last words:\n{self.tail()}"
+        made: ParityError = kind.__new__(kind)
+        made.args = (text,)
+        return made
+
+    def tail(self) -> str:
+        """The last lines the process printed."""
+        if self._log is None:
+            return ""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-TAIL:])
+
+
+class ProcessEngine:
+    """An engine by name, in a host process: the same protocol as the engine itself.
+
+    ``host`` may be shared by engines that are open one after another: it saves importing their libraries again.
+    """
+
+    def __init__(self, name: str, model: str, arguments: dict[str, Any], *, host: HostProcess | None = None) -> None:
+        self.name = name
+        self.capabilities: frozenset[str] = frozenset()
+        self._order = Open(name, model, arguments)
+        self.host = host or HostProcess()
+        self._shared = host is not None
+        self._side: Side | None = None
+
+    def open(self) -> None:
+        """Start the process and load the model."""
+        answer = self.host.ask(self._order)
+        self._side, self.capabilities = answer.side, frozenset(answer.capabilities)
+
+    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+        """See ``Engine.run``. Nothing half-written is left behind, even if the process is killed."""
+        patterns = None if points.patterns is None else list(points.patterns)
+        try:
+            self.host.ask(RunCases(cases, patterns, str(out.absolute())), progress=progress)
+        finally:
+            for left in out.parent.glob(f".{out.name}.*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        return Capture.open(out)
+
+    def describe(self) -> Side:
+        """The engine as it really runs; EngineError before ``open``."""
+        if self._side is None:
+            raise EngineError(f"engine {self.name!r} is not open")
+        return self._side
+
+    def close(self) -> None:
+        """Close the engine, and its process unless that is shared."""
+        opened, self._side = self._side is not None, None
+        if not self._shared:
+            self.host.stop()
+        elif opened and self.host.running:
+            self.host.ask(Close())

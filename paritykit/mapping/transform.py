@@ -1,0 +1,47 @@
+"""Carrying a rule out: candidate tensors of all ranks to the reference's columns, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from paritykit.mapping.rules import Block, Rule
+
+ReadRank = Callable[[str, int], torch.Tensor]
+"""Gives the rows of a candidate point on a rank, ``[tokens, ...]``."""
+
+
+def flat(rows: torch.Tensor) -> torch.Tensor:
+    """``[tokens, features]`` of ``[tokens, ...]``."""
+    return rows if rows.dim() == 2 else rows.reshape(rows.shape[0], -1)
+
+
+def apply_rule(rule: Rule, read: ReadRank) -> torch.Tensor:
+    """The candidate's ``[tokens, features]`` in the reference's column order."""
+    ranks = {b.rank for b in rule.blocks} or {0}
+    tensors = {rank: _one(rule, rank, read) for rank in sorted(ranks)}
+    return join(tensors, rule.blocks) if rule.blocks else tensors[0]
+
+
+def _one(rule: Rule, rank: int, read: ReadRank) -> torch.Tensor:
+    rows = read(rule.candidate, rank)
+    if rule.plus:
+        rows = rows + read(rule.plus, rank)
+    return flat(rows.transpose(-1, -2) if rule.transpose else rows)
+
+
+def join(tensors: Mapping[int, torch.Tensor], blocks: tuple[Block, ...]) -> torch.Tensor:
+    """The blocks side by side, ``[tokens, features]``; a view where there is only one."""
+    parts = [tensors[b.rank][:, b.start : b.start + b.length] for b in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def split(whole: torch.Tensor, blocks: tuple[Block, ...], *, widths: Mapping[int, int]) -> dict[int, torch.Tensor]:
+    """Inverse of ``join``: each rank's ``[tokens, width]`` with its blocks filled from ``whole``, zero elsewhere."""
+    tensors = {rank: whole.new_zeros(whole.shape[0], width) for rank, width in widths.items()}
+    start = 0
+    for block in blocks:
+        tensors[block.rank][:, block.start : block.start + block.length] = whole[:, start : start + block.length]
+        start += block.length
+    return tensors
