@@ -1,0 +1,11 @@
+"""Checks: each asks one question of two captures. Importing this package imports no check."""
+
+from __future__ import annotations
+
+from paritykit.checks.base import Check
+from paritykit.registry import Registry
+
+CHECKS: Registry[Check] = Registry("check")
+CHECKS.register("modules", "paritykit.checks.modules:CHECK")
+CHECKS.register("logits", "paritykit.checks.logits:CHECK")
+CHECKS.register("tokens", "paritykit.checks.tokens:CHECK")

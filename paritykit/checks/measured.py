@@ -1,0 +1,70 @@
+"""Measuring one point of one case: shared by the checks that compare tensors."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from paritykit.checks.base import Subject
+from paritykit.comparison.align import pairs
+from paritykit.comparison.judge import finding_from
+from paritykit.comparison.metrics import Meter
+from paritykit.mapping.rules import Rule
+from paritykit.results import Finding
+
+
+def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Finding:
+    """The finding for one rule and case.
+
+    Verdict ``error`` where the candidate lacks rows that the reference has, ``skip`` where the reference has none.
+    """
+    reference, candidate = subject.reference, subject.candidate
+    ours, theirs = reference.point(rule.reference), candidate.point(rule.candidate)
+    dtypes = (ours.dtype, theirs.dtype)
+    order = subject.graph.order(rule.reference)
+    allowed = subject.allowed(dtypes, order=order)
+    meter, places = Meter(element_tolerance=allowed.whole), list[int]()
+    for position, left, right in pairs(rule, reference, candidate, case):
+        meter.update(left, right)
+        places += range(position, position + left.shape[0])
+    wanted = sum(s.length for s in reference.spans(ours, case))
+    if len(places) != wanted or not wanted:
+        return Finding(
+            check=check,
+            case=case,
+            point=rule.reference,
+            verdict="error" if wanted else "skip",
+            order=order,
+            candidate_point=rule.candidate,
+            mapping=rule.describe(),
+            message=f"the candidate computed {len(places)} of {wanted} positions"
+            if wanted
+            else "the reference did not run it in this case",
+        )
+    finding = finding_from(
+        meter.result(),
+        allowed,
+        check=check,
+        case=case,
+        point=rule.reference,
+        order=order,
+        places=places,
+        shape=[wanted, math.prod(ours.row)],
+        dtypes=dtypes,
+        candidate_point=rule.candidate,
+        mapping=rule.describe(),
+    )
+    return soften(subject, finding)
+
+
+def soften(subject: Subject, finding: Finding) -> Finding:
+    """A failure behind MoE routing in half precision is *inconclusive* where no noise floor was measured.
+
+    A near-tie may send a token to another expert there, and all that follows differs with it.
+    """
+    behind = subject.routed_from is not None and finding.order > subject.routed_from and subject.half_precision
+    if finding.verdict != "fail" or not behind or finding.metric == "nonfinite_mismatch":
+        return finding
+    text = "behind expert routing in half precision, where near-ties may flip; --dtype float32 checks the structure"
+    return msgspec.structs.replace(finding, verdict="inconclusive", message=finding.message or text)

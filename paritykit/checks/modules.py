@@ -1,0 +1,51 @@
+"""Check ``modules``: does every module give what the reference's gives, at every position?"""
+
+from __future__ import annotations
+
+from paritykit.checks.base import LOGITS, Check, Subject
+from paritykit.checks.measured import measure_point
+from paritykit.diagnose.locate import locate
+from paritykit.results import Coverage, Finding
+
+
+def run(subject: Subject, case: str) -> list[Finding]:
+    """One finding for every mapped point, in execution order, failures marked introduced or inherited."""
+    found = [measure_point(subject, r, case, check="modules") for r in subject.mapping.rules if r.reference != LOGITS]
+    found += [
+        Finding(
+            check="modules",
+            case=case,
+            point=m.reference,
+            verdict="fail",
+            metric="shape",
+            message=m.message,
+            order=subject.graph.order(m.reference),
+            candidate_point=m.candidate,
+            mapping=m.candidate,
+        )
+        for m in subject.mapping.misfits
+    ]
+    return locate(found, subject.graph)
+
+
+def cover(subject: Subject) -> Coverage:
+    """Every output of the reference, compared or left out with its reason; inputs count only where compared."""
+    mapping = subject.mapping
+    compared = len(mapping.rules) + len(mapping.misfits) - any(r.reference == LOGITS for r in mapping.rules)
+    left = [u for u in (*mapping.skipped, *mapping.unmatched) if u.point != LOGITS]
+    return Coverage(
+        check="modules",
+        points=compared + sum(u.side == "reference" for u in left),
+        compared=compared,
+        skipped=[u for u in left if u.reason],
+        unmatched=[u for u in left if not u.reason],
+    )
+
+
+CHECK = Check(
+    name="modules",
+    question="does every module give what the reference's gives, at every position?",
+    run=run,
+    cover=cover,
+    detects=("rope-theta", "norm-eps", "gate-up-swapped", "bias-missing", "attention-scale", "residual", "lm-head"),
+)

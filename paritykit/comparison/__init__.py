@@ -1,0 +1,1 @@
+"""Comparison: align two captures, measure each pair, judge the numbers."""

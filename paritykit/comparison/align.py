@@ -1,0 +1,60 @@
+"""Bringing two captures together: rows by (case, position), columns by rule, nothing copied needlessly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from paritykit.captures.manifest import Point
+from paritykit.captures.reader import Capture, Span
+from paritykit.errors import CaptureFormatError
+from paritykit.mapping.rules import Rule
+from paritykit.mapping.transform import ReadRank, apply_rule, flat
+
+Pair = tuple[int, torch.Tensor, torch.Tensor]
+"""First position, reference rows and candidate rows, both ``[tokens, features]``."""
+
+
+def pairs(rule: Rule, reference: Capture, candidate: Capture, case: str) -> Iterator[Pair]:
+    """Aligned rows of one point and case, in order of position. Positions that one side lacks are left out."""
+    ours = reference.point(rule.reference)
+    leader = candidate.spans(candidate.point(rule.candidate), case)
+    for left in reference.spans(ours, case):
+        for right in leader:
+            start = max(left.position, right.position)
+            length = min(left.position + left.length, right.position + right.length) - start
+            if length > 0:
+                rows = rows_of(reference, left, start, length)
+                yield start, flat(rows), apply_rule(rule, _reader(candidate, case, start, length))
+
+
+def positions(capture: Capture, point: Point, case: str) -> int:
+    """How many positions of ``case`` the capture holds for ``point``."""
+    return sum(s.length for s in capture.spans(point, case))
+
+
+def rows_of(capture: Capture, span: Span, start: int, length: int) -> torch.Tensor:
+    """Rows of positions ``start`` to ``start + length`` inside one span, ``[tokens, ...]``, as a view."""
+    first = span.row + start - span.position
+    return capture.read(span.piece)[first : first + length]
+
+
+def _reader(capture: Capture, case: str, start: int, length: int) -> ReadRank:
+    """Reads these positions of a candidate point on any rank, whatever steps that rank computed them in."""
+
+    def read(key: str, rank: int) -> torch.Tensor:
+        parts = []
+        for span in capture.spans(capture.point(key, rank=rank), case):
+            low = max(start, span.position)
+            high = min(start + length, span.position + span.length)
+            if high > low:
+                parts.append(rows_of(capture, span, low, high - low))
+        if sum(map(len, parts)) != length:
+            raise CaptureFormatError(
+                f"{capture.path}: {key} on rank {rank} lacks some of the positions {start} to {start + length - 1} "
+                f"of case {case!r}, which another point of the same rule has"
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return read

@@ -1,0 +1,1 @@
+"""Diagnosis: where a difference starts. Torch-free."""

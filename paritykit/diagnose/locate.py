@@ -1,0 +1,98 @@
+"""Where a difference starts: the first failing point, and whether it was introduced there or only passed on.
+
+The reference's capture knows which point every module was fed with (its ``source``). A failing point is *inherited*
+if what it was computed from failed already, otherwise *introduced*. A module's input that no module made (attention's
+context, a residual sum, gate times up) was computed by the code of the module around it: that one is to blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from paritykit.captures.manifest import Manifest, Point, point_key
+from paritykit.results import Divergence, Finding, Origin
+
+
+class Graph:
+    """Which points each point was computed from, as seen by the reference's hooks."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._points = {p.key: p for p in manifest.points if p.rank == 0}
+        self._order = {k: n for n, k in enumerate(self._points)}
+        self._parents = {p.module for p in self._points.values() if p.module}
+
+    def order(self, key: str) -> int:
+        """Place of a point in execution order; after all others if it is unknown."""
+        return self._order.get(key, len(self._order))
+
+    def blame(self, key: str) -> str:
+        """The module to look at when ``key`` is the first to fail."""
+        point = self._points.get(key)
+        if point is None:
+            return key
+        if point.source:
+            return self.blame(point.source)
+        if point.port == "input":
+            return self.around(point.module) or "the model's own code"
+        return point.module or key
+
+    def around(self, module: str) -> str:
+        """The nearest module around ``module``; lists of layers are no modules that compute."""
+        parent = module.rpartition(".")[0]
+        while parent and parent not in self._parents:
+            parent = parent.rpartition(".")[0]
+        return parent
+
+    def origins(self, key: str, *, compared: Mapping[str, bool]) -> list[str]:
+        """The points that ``key`` was computed from, as far as they were compared (``compared``: key to failed)."""
+        point = self._points.get(key)
+        if point is None:
+            return []
+        if point.source:
+            return [point.source] if point.source in compared else self.origins(point.source, compared=compared)
+        if point.port != "input" and not self._inside(point.module):
+            fed = point_key(point.module, port="input", call=point.call)
+            if fed in compared:
+                return [fed]
+            if fed in self._points:
+                return self.origins(fed, compared=compared)
+        scope = self.around(point.module) if point.port == "input" else point.module
+        return self._earlier(scope, before=point)
+
+    def _inside(self, module: str) -> list[str]:
+        start = f"{module}." if module else ""
+        return [k for k, p in self._points.items() if p.module.startswith(start) and p.module != module]
+
+    def _earlier(self, scope: str, *, before: Point) -> list[str]:
+        """Everything inside ``scope`` that was finished before, and what those were fed with."""
+        limit = self._order[before.key]
+        inside = [k for k in self._inside(scope) if self._order[k] < limit]
+        return inside + [s for k in inside if (s := self._points[k].source)]
+
+
+def locate(findings: Iterable[Finding], graph: Graph) -> list[Finding]:
+    """The findings in execution order, each failing one marked introduced or inherited and with whom to blame."""
+    ordered = sorted(findings, key=lambda f: f.order)
+    compared = {f.point: f.verdict == "fail" for f in ordered}
+    return [_marked(f, graph, compared) for f in ordered]
+
+
+def _marked(finding: Finding, graph: Graph, compared: Mapping[str, bool]) -> Finding:
+    if finding.verdict != "fail":
+        return finding
+    inherited = any(compared.get(k, False) for k in graph.origins(finding.point, compared=compared))
+    origin: Origin = "inherited" if inherited else "introduced"
+    return msgspec.structs.replace(finding, origin=origin, located=graph.blame(finding.point))
+
+
+def first_divergence(findings: Iterable[Finding]) -> Divergence | None:
+    """The earliest introduced failure over all cases, or the earliest failure where none is known to be introduced."""
+    failing = [f for f in findings if f.verdict == "fail"]
+    if not failing:
+        return None
+    first = min(failing, key=lambda f: (f.origin == "inherited", f.order))
+    return Divergence(
+        check=first.check, case=first.case, point=first.located or first.point, origin=first.origin, seen_at=first.point
+    )

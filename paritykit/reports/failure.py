@@ -1,0 +1,146 @@
+"""The text of a failure: what, where, how much, extent, cause, next step. Plain lines, for terminals and pytest."""
+
+from __future__ import annotations
+
+from paritykit.reports.wording import (
+    ORIGINS,
+    WORDS,
+    count,
+    extent,
+    first_finding,
+    headline,
+    headroom,
+    inherited_after,
+    link_to,
+    measured,
+    number,
+    repro,
+    shorten,
+    side_name,
+    source,
+    state,
+    worst_finding,
+)  # fmt: skip
+from paritykit.results import Cause, Divergence, Finding, Results, Unmatched
+
+Field = tuple[str, str]
+LIMIT = 400
+SHOWN_GAPS = 2
+
+
+def failure_text(results: Results, *, report: str = "") -> str:
+    """Why a run is not a pass, in at most 25 plain lines; ``report`` is the path of an HTML report to point at.
+
+    The order is: what, where, how much with what was allowed, extent, cause, next step.
+    """
+    fields = [*fields_of(results), *next_steps(results, report=report)]
+    return "\n".join([what(results), *(line(f) for f in fields)])
+
+
+def line(field: Field) -> str:
+    """One indented line of a label and its text."""
+    return f"  {field[0]:<16}  {field[1]}"
+
+
+def what(results: Results) -> str:
+    """The first line: which check and case differ between which sides, or the verdict in words."""
+    first = results.summary.first_divergence
+    candidate, reference = side_name(results.run.candidate), side_name(results.run.reference)
+    if state(results) == "fail" and first is not None:
+        subject = " / ".join(part for part in (first.check, first.case) if part)
+        return f"{subject}: {candidate} differs from {reference}"
+    return f"{WORDS[state(results)].lower()}: {headline(results)}  [{candidate} against {reference}]"
+
+
+def fields_of(results: Results) -> list[Field]:
+    """Where, how much, extent, causes, what follows, and what was left out."""
+    first = results.summary.first_divergence
+    found: list[Field] = []
+    if first is not None:
+        found += _where(first, first_finding(results))
+        found += [("cause", cause_text(c)) for c in results.summary.causes[:3]]
+        after = inherited_after(results)
+        if after:
+            found.append(("after", f"{count(after, 'later point')} {'is' if after == 1 else 'are'} inherited"))
+    else:
+        found += closest(results)
+    return found + left_out(results)
+
+
+def closest(results: Results) -> list[Field]:
+    """The point that uses most of its allowance, where any number was judged."""
+    worst = worst_finding(results.findings)
+    if worst is None:
+        return []
+    place = f"{worst.point} / {worst.case}" if worst.case else worst.point
+    return [
+        ("worst point", shorten(place, LIMIT)),
+        (worst.metric, f"{judged(worst)}   {headroom(worst):.2f} of allowed"),
+    ]
+
+
+def _where(first: Divergence, finding: Finding | None) -> list[Field]:
+    origin = f"    {ORIGINS[first.origin]}" if first.origin else ""
+    found = [("first divergence", shorten(first.point, LIMIT) + origin)]
+    if finding is None:
+        return found
+    if finding.point != first.point:
+        found.append(("seen at", shorten(finding.point, LIMIT)))
+    if finding.candidate_point and (finding.mapping or finding.candidate_point != finding.point):
+        found.append(("compared with", shorten(finding.mapping or finding.candidate_point, LIMIT)))
+    if finding.metric:
+        found.append((finding.metric, judged(finding)))
+    if finding.message:
+        found.append(("detail", shorten(finding.message, LIMIT)))
+    if extent(finding):
+        found.append(("extent", extent(finding)))
+    return found
+
+
+def judged(finding: Finding) -> str:
+    """The judged number beside what was allowed, why, and the noise floor."""
+    parts = [measured(finding), f"allowed {number(finding.allowed)} ({source(finding)})"]
+    floor = "not measured" if finding.noise_floor is None else number(finding.noise_floor)
+    return "   ".join([*parts, f"noise floor {floor}"])
+
+
+def cause_text(cause: Cause) -> str:
+    """``PK102 sliding-window: evidence (confidence 0.98)``."""
+    return f"{cause.code} {cause.name}: {shorten(cause.evidence, LIMIT)} (confidence {cause.confidence:.2f})"
+
+
+def left_out(results: Results) -> list[Field]:
+    """Skipped and unmatched counts, always; the first few names where there are any."""
+    summary = results.summary
+    counts = [f"compared {summary.compared:,}", f"failed {summary.failed:,}", f"skipped {summary.skipped:,}"]
+    counts += [f"unmatched {summary.unmatched:,}"]
+    counts += [f"errors {summary.errors:,}"] if summary.errors else []
+    counts += [f"inconclusive {summary.inconclusive:,}"] if summary.inconclusive else []
+    found = [("counts", "   ".join(counts))]
+    for label, gaps in gap_lists(results).items():
+        found += [(label, _gap(g)) for g in gaps[:SHOWN_GAPS]]
+        if len(gaps) > SHOWN_GAPS:
+            found.append(("", f"and {len(gaps) - SHOWN_GAPS:,} more"))
+    return found
+
+
+def gap_lists(results: Results) -> dict[str, list[Unmatched]]:
+    """Every skipped and every unmatched point, by label."""
+    return {
+        "unmatched": [u for c in results.coverage for u in c.unmatched],
+        "skipped": [u for c in results.coverage for u in c.skipped],
+    }
+
+
+def _gap(gap: Unmatched) -> str:
+    return f"{shorten(gap.point, LIMIT)} ({gap.side}): {gap.reason or 'reason unknown'}"
+
+
+def next_steps(results: Results, *, report: str) -> list[Field]:
+    """The command that shows it again, and the place in the report."""
+    command = repro(results)
+    found = [("repro", command)] if command else []
+    if report:
+        first = first_finding(results)
+        found.append(("report", report + (link_to(first) if first else "")))
+    return found

@@ -1,0 +1,123 @@
+"""Markdown for ``$GITHUB_STEP_SUMMARY``: the verdict, the first divergence, then what failed and what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from paritykit.reports.failure import failure_text, gap_lists
+from paritykit.reports.wording import (
+    WORDS,
+    count,
+    headline,
+    headroom,
+    measured,
+    number,
+    shorten,
+    side_name,
+    source,
+    state,
+)  # fmt: skip
+from paritykit.results import Finding, Results
+
+BUDGET = 900_000
+ICONS = {"pass": "✅", "fail": "❌", "error": "⚠️", "inconclusive": "❔", "nothing": "❔", "skip": "⚪"}
+_PLAIN = re.compile(r"[\w.#\-/: ]+", re.ASCII)
+_ESCAPES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|`*_[]~\\#@!"})
+
+
+def render(results: Results) -> bytes:
+    """The run as GitHub Markdown, at most 900,000 bytes; rows beyond that are counted, not shown."""
+    kind = state(results)
+    head = [
+        f"## {ICONS[kind]} {WORDS[kind]}: {_text(headline(results), 600)}",
+        "",
+        f"{_text(side_name(results.run.candidate))} against {_text(side_name(results.run.reference))}, "
+        f"model {_text(results.run.candidate.model)}",
+        "",
+        *_block(failure_text(results)),
+        *_checks(results),
+    ]
+    return _fit(head, [_failing(results), _gaps(results)])
+
+
+def _block(text: str) -> list[str]:
+    fence = "`" * max(3, 1 + max((len(run) for run in _ticks(text)), default=0))
+    return [f"{fence}text", text, fence, ""]
+
+
+def _ticks(text: str) -> Iterable[str]:
+    return ("".join(c if c == "`" else " " for c in text)).split()
+
+
+def _checks(results: Results) -> list[str]:
+    verdicts = {**dict.fromkeys(results.run.checks, "not run"), **results.summary.checks}
+    rows = [f"| {_name(name)} | {ICONS.get(v, '⚪')} {v} | {_tally(results, name)} |" for name, v in verdicts.items()]
+    return ["| check | verdict | comparisons |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def _tally(results: Results, check: str) -> str:
+    found = [f for f in results.findings if f.check == check]
+    return f"{len(found):,}, {sum(f.verdict == 'fail' for f in found):,} failed"
+
+
+def _failing(results: Results) -> list[str]:
+    told = [f for f in results.findings if f.verdict not in ("pass", "skip")]
+    told.sort(key=lambda f: (f.origin != "introduced", f.check, f.case, f.order))
+    if not told:
+        return []
+    head = (
+        "| verdict | check | case | point | metric | measured | allowed | source | noise floor | of allowed | origin |"
+    )
+    title = f"### {count(len(told), 'finding')} not within tolerance"
+    return [title, "", head, "|" + "---|" * 11, *(_row(f) for f in told)]
+
+
+def _row(finding: Finding) -> str:
+    ratio = headroom(finding)
+    cells = [
+        finding.verdict, finding.check, finding.case, finding.point, finding.metric, measured(finding),
+        number(finding.allowed), source(finding), number(finding.noise_floor),
+        "-" if ratio is None else f"{ratio:.2f}", finding.origin or "-",
+    ]  # fmt: skip
+    return (
+        "| "
+        + " | ".join(_name(cell) if n in (1, 2, 3, 4) and cell else _text(cell) for n, cell in enumerate(cells))
+        + " |"
+    )
+
+
+def _gaps(results: Results) -> list[str]:
+    rows = [
+        f"| {label} | {gap.side} | {_name(gap.point)} | {_text(gap.reason or 'reason unknown')} |"
+        for label, gaps in gap_lists(results).items()
+        for gap in gaps
+    ]
+    return ["### Not compared", "", "| | side | point | reason |", "|---|---|---|---|", *rows] if rows else []
+
+
+def _name(text: str) -> str:
+    """A name as code where Markdown can hold it, else escaped."""
+    return f"`{shorten(text, 200)}`" if _PLAIN.fullmatch(text) else _text(text)
+
+
+def _text(text: str, limit: int = 200) -> str:
+    """``text`` as one line that Markdown does not interpret."""
+    return shorten(text, limit).translate(_ESCAPES)
+
+
+def _fit(head: Sequence[str], sections: Sequence[list[str]]) -> bytes:
+    lines, room = list(head), BUDGET - 200 - len("\n".join(head).encode("utf-8", "backslashreplace"))
+    for section in sections:
+        shown = 0
+        for text in section:
+            room -= len(text.encode("utf-8", "backslashreplace")) + 1
+            if room < 0:
+                break
+            lines.append(text)
+            shown += 1
+        if shown < len(section):
+            lines += ["", f"{len(section) - shown:,} more rows are left out to stay below GitHub's limit."]
+            break
+        lines.append("")
+    return "\n".join(lines).rstrip("\n").encode("utf-8", "backslashreplace") + b"\n"
