@@ -1,0 +1,63 @@
+"""Every check sees each fault it promises to detect, and stays quiet on a clean pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import paritykit as pk
+from paritykit.checks import CHECKS
+from paritykit.testing import tiny_model
+from tests.contract.planted import FAULTS
+
+
+def forward(model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids, position_ids=positions).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return tiny_model("qwen2", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> pk.Capture:
+    return pk.capture(pk.engine("hf", str(model), isolated=False), cases=pk.cases("short", "long-40"))
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, reference: pk.Capture) -> Callable[..., pk.ParityRun]:
+    def compare(check: str, plant: Callable[[Any], None] | None) -> pk.ParityRun:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+        if plant:
+            plant(loaded)
+        engine = pk.engine("module", model=loaded, forward=forward)
+        candidate = pk.capture(engine, cases=list(reference.cases.values()), follow=reference)
+        return pk.compare(reference=reference, candidate=candidate, checks=[check])
+
+    return compare
+
+
+@pytest.mark.parametrize(("check", "fault"), [(n, f) for n, c in CHECKS.items() for f in c.detects])
+def test_check_sees_what_it_promises(run: Callable[..., pk.ParityRun], check: str, fault: str) -> None:
+    found = run(check, FAULTS[fault])
+    assert found.summary.verdict == "fail", found.summary
+    with pytest.raises(pk.ParityFailure, match="first divergence"):
+        found.raise_on_failure()
+
+
+@pytest.mark.parametrize("check", CHECKS.names())
+def test_check_is_quiet_on_a_clean_pair(run: Callable[..., pk.ParityRun], check: str) -> None:
+    found = run(check, None)
+    assert found.summary.verdict == "pass", found.summary
+    found.raise_on_failure()
+
+
+def test_every_check_promises_something() -> None:
+    assert all(check.detects and check.question.endswith("?") for _, check in CHECKS.items())
