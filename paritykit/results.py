@@ -1,7 +1,7 @@
 """The records of a run, and their JSONL form: the one truth that every report is made from.
 
-One record a line, ``"type"`` first: ``run``, ``case``, ``coverage``, ``finding``, and last ``summary``. Torch-free, so
-that a report is rebuilt on any laptop.
+One record a line, ``"type"`` first: ``run``, ``case``, ``coverage``, ``finding``, ``weight``, and last
+``summary``. Torch-free, so that a report is rebuilt on any laptop.
 """
 
 from __future__ import annotations
@@ -121,6 +121,25 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     dtypes: tuple[str, str] | None = None
 
 
+class WeightRow(msgspec.Struct, frozen=True, kw_only=True, tag="weight"):
+    """One box of a checkpoint tensor and where it landed: check ``weights``, as a table for people.
+
+    ``source`` and ``target`` are index texts (``[0:64, :]``); ``parameter`` is empty where the tensor landed nowhere,
+    ``tensor`` where nothing filled the parameter. ``status``: ``pass``, ``skip``, or what is wrong.
+    """
+
+    tensor: str = ""
+    parameter: str = ""
+    rank: int = 0
+    source: str = ""
+    target: str = ""
+    change: str = ""
+    elements: int = 0
+    dtype: str = ""
+    status: str = "pass"
+    message: str = ""
+
+
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     """Where the difference starts: ``point`` is the module to look at, ``seen_at`` the point that shows it."""
 
@@ -159,7 +178,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
         return 5 if self.compared == 0 else 4
 
 
-Record = Run | CaseInfo | Coverage | Finding | Summary
+Record = Run | CaseInfo | Coverage | Finding | WeightRow | Summary
 
 
 class Results(msgspec.Struct, kw_only=True):
@@ -169,6 +188,7 @@ class Results(msgspec.Struct, kw_only=True):
     cases: list[CaseInfo] = []
     coverage: list[Coverage] = []
     findings: list[Finding] = []
+    weights: list[WeightRow] = []
     summary: Summary
 
     def records(self) -> Iterator[Record]:
@@ -177,6 +197,7 @@ class Results(msgspec.Struct, kw_only=True):
         yield from self.cases
         yield from self.coverage
         yield from self.findings
+        yield from self.weights
         yield self.summary
 
 
@@ -253,6 +274,7 @@ def _sort(source: Path, records: list[Record]) -> Results:
         cases=_of(records, CaseInfo),
         coverage=_of(records, Coverage),
         findings=_of(records, Finding),
+        weights=_of(records, WeightRow),
         summary=summaries[0],
     )
 

@@ -21,6 +21,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.worker import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
@@ -38,10 +39,12 @@ class VllmEngine:
 
     Set here unless given: ``enforce_eager`` (hooks do not fire in compiled graphs), prefix caching off (cached rows
     are never computed, so never seen), no tokenizer, and a length and KV cache that fit the cases. ``after_load`` is
-    ``package.module:function``, called on every worker with ``after_load_args``, to change the loaded model.
+    ``package.module:function``, called on every worker with ``after_load_args``, to change the loaded model;
+    ``before_load`` is called with the model whose weights are about to be loaded. ``provenance`` traces the loader; not
+    where a ``load_format`` is given.
     """
 
-    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel"})
+    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"})
 
     def __init__(
         self,
@@ -51,6 +54,9 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         after_load: str = "",
         after_load_args: dict[str, Any] | None = None,
+        before_load: str = "",
+        before_load_args: dict[str, Any] | None = None,
+        provenance: bool = True,
         **arguments: Any,
     ) -> None:
         self.checkpoint = Checkpoint.find(model)
@@ -58,6 +64,8 @@ class VllmEngine:
         self._dtype = dtype
         self._ranks = tensor_parallel_size
         self._after_load = (after_load, after_load_args or {})
+        self._before_load = (before_load, before_load_args or {})
+        self._provenance = provenance
         self._arguments = arguments
         self._llm: Any = None
         self._facts: list[dict[str, Any]] = []
@@ -115,6 +123,10 @@ class VllmEngine:
             versions={"vllm": import_vllm().__version__, "torch": str(torch.__version__)},
             args={k: str(v) for k, v in {**shown, **self._arguments}.items()},
         )
+
+    def ledger(self) -> list[RankLedger]:
+        """Where every weight landed on each rank, and whether its numbers arrived."""
+        return [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
 
     def close(self) -> None:
         """Shut vLLM down and free its groups, so that another engine can start in this process."""
@@ -207,7 +219,16 @@ class VllmEngine:
         }
         if current_platform.is_cpu():
             defaults["kv_cache_memory_bytes"] = kv_cache_bytes(self.checkpoint, length)
+        if self._watched:
+            target, arguments = self._before_load
+            orders = {"before_load": target, "before_load_args": arguments, "trace": self._provenance}
+            defaults |= {"load_format": "paritykit", "model_loader_extra_config": orders}
         return defaults | self._arguments
+
+    @property
+    def _watched(self) -> bool:
+        """Whether vLLM's loader is ours to watch: not where the user named a load format."""
+        return "load_format" not in self._arguments and (self._provenance or bool(self._before_load[0]))
 
 
 def import_vllm() -> Any:

@@ -18,7 +18,9 @@ from paritykit.captures.manifest import Part, Segment
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
+from paritykit.engines.vllm.loader import LEDGERS
 from paritykit.engines.vllm.semantics import VllmReading, meaning_of
+from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
 CASE_KEY = "parity_case"
@@ -64,6 +66,13 @@ class ParityWorker:
     def parity_call(self, target: str, arguments: bytes) -> None:
         """Call ``package.module:function(worker, **arguments)``, to change a loaded model under test."""
         load_attribute(target, kind="after_load function")(self, **msgspec.json.decode(arguments))
+
+    def parity_ledger(self) -> bytes:
+        """This rank's ledger of weights."""
+        ledger = LEDGERS.get(self.model_runner.model)
+        if ledger is None:
+            ledger = RankLedger(rank=self.rank, found=WeightMap(), error="the loader was not watched")
+        return msgspec.json.encode(ledger)
 
     def parity_begin(self, orders: bytes) -> None:
         """Attach hooks and start recording."""

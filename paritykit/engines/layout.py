@@ -1,0 +1,59 @@
+"""What transformers makes of a checkpoint, without its weights: the model is built on torch's meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.hf import parameter_names, quiet
+from paritykit.ledger.subject import ReferenceLayout
+
+
+def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
+    """Where transformers puts each tensor, and which axis is its output; None for a model that it cannot build."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(checkpoint.path)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError):
+        return None
+    names = list(checkpoint.tensors)
+    own = model.state_dict()
+    used = {t: p for t, p in parameter_names(model, names).items() if p in own}
+    features = {t: axis for t, p in used.items() if (axis := feature_axis(model, p)) is not None}
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    embedding = _weight_of(model, model.get_input_embeddings(), used)
+    head = _weight_of(model, model.get_output_embeddings(), used)
+    lookups = [t for t, p in used.items() if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.Embedding)]
+    return ReferenceLayout(
+        parameters=used, features=features, lookups=lookups, tied=tied, embedding=embedding, head=head
+    )
+
+
+def feature_axis(model: nn.Module, parameter: str) -> int | None:
+    """The axis of a parameter along which its module's output features run; None where its class does not say."""
+    path, _, name = parameter.rpartition(".")
+    module: Any = model.get_submodule(path)
+    if name == "bias":
+        return 0
+    if isinstance(module, nn.Linear):
+        return 0
+    if isinstance(module, nn.Embedding):
+        return 1
+    if type(module).__name__ == "Conv1D":
+        return 1
+    tensor = getattr(module, name, None)
+    return 0 if isinstance(tensor, torch.Tensor) and tensor.dim() == 1 else None
+
+
+def _weight_of(model: nn.Module, module: nn.Module | None, used: dict[str, str]) -> str:
+    """The checkpoint's name for a module's weight, by the reference's own where the checkpoint lacks it."""
+    path = next((n for n, m in model.named_modules(remove_duplicate=False) if m is module), "") if module else ""
+    if not path:
+        return ""
+    return next((t for t, p in used.items() if p == f"{path}.weight"), f"{path}.weight")

@@ -1,0 +1,102 @@
+"""vLLM's own loader, watched: where each weight lands is traced before the real weights are read.
+
+A load format of its own, registered as vLLM's plug-ins do. It hands addresses to the model's ``load_weights`` first,
+reads them back, restores what was there, and then loads as vLLM does; linear weights are compared at once, since on a
+CPU vLLM packs and deletes them right after loading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from paritykit.provenance.trace import named_tensors, trace
+from paritykit.provenance.values import compare_values
+from paritykit.provenance.weightmap import RankLedger, WeightMap
+from paritykit.registry import load_attribute
+
+LOAD_FORMAT = "paritykit"
+LEDGERS: WeakKeyDictionary[nn.Module, RankLedger] = WeakKeyDictionary()
+"""The ledger of each model this process loaded."""
+
+
+class LoadOrders(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do around loading.
+
+    ``before_load`` is ``package.module:function``, called with the model and ``before_load_args`` first. ``known`` is a
+    weight map made elsewhere (of a small sibling, scaled), JSON-encoded; without it the loader is traced.
+    """
+
+    before_load: str = ""
+    before_load_args: dict[str, Any] = {}
+    trace: bool = True
+    known: list[WeightMap] = []
+
+
+@register_model_loader(LOAD_FORMAT)
+class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
+    """``load_format="paritykit"``; its extra config is a ``LoadOrders``."""
+
+    def __init__(self, load_config: Any) -> None:
+        self._orders = msgspec.convert(load_config.model_loader_extra_config or {}, LoadOrders)
+        plain = {"load_format": "auto", "model_loader_extra_config": {}, "use_tqdm_on_load": False}
+        super().__init__(dataclasses.replace(load_config, **plain))
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Trace, load, compare. What goes wrong while tracing is told in the ledger and stops nothing."""
+        orders = self._orders
+        rank = get_tensor_model_parallel_rank()
+        if orders.before_load:
+            load_attribute(orders.before_load, kind="before_load function")(model, rank=rank, **orders.before_load_args)
+        started = time.monotonic()
+        found, error = self._trace(model, model_config, rank) if orders.trace else (WeightMap(), "not traced")
+        traced = time.monotonic()
+        super().load_weights(model, model_config)
+        loaded = time.monotonic()
+        arrived = []
+        if not error:
+            with torch.no_grad():
+                weights = self.get_all_weights(model_config, model)
+                arrived = list(compare_values(found, named_tensors(model), weights))
+        LEDGERS[model] = RankLedger(
+            rank=rank,
+            found=found,
+            arrived=arrived,
+            padding=padding(model),
+            error=error,
+            seconds=traced - started + time.monotonic() - loaded,
+        )
+
+    def _trace(self, model: nn.Module, model_config: Any, rank: int) -> tuple[WeightMap, str]:
+        try:
+            with torch.no_grad():
+                found = trace(
+                    named_tensors(model),
+                    weights=lambda: self.get_all_weights(model_config, model),
+                    load=model.load_weights,  # type: ignore[arg-type]
+                    rank=rank,
+                )
+        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
+            return WeightMap(), f"{type(error).__name__}: {error}"
+        return found, ""
+
+
+def padding(model: nn.Module) -> dict[str, tuple[int, str]]:
+    """Parameters with padding rows on this rank: their first such row, and why."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        indices = getattr(module, "shard_indices", None)
+        if indices is not None and hasattr(module, "num_embeddings_padded"):
+            why = f"the vocabulary of {module.org_vocab_size} is padded to {module.num_embeddings_padded}"
+            for kind in ("weight", "bias"):
+                found[f"{name}.{kind}".lstrip(".")] = (int(indices.num_org_elements), why)
+    return found

@@ -1,0 +1,144 @@
+"""From problems to records: a finding for every tensor and for every parameter that is wrong, and the rows to show."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import msgspec
+
+from paritykit.ledger.problem import Problem, on_rank, size_of
+from paritykit.ledger.problems import find_problems
+from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.weightmap import Landing, show, size
+from paritykit.results import Coverage, Finding, Unmatched, Verdict, WeightRow
+
+CHECK = "weights"
+RULE = "every element arrives once, unchanged"
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger, judged."""
+
+    coverage: Coverage
+    findings: list[Finding]
+    rows: list[WeightRow]
+
+
+def judge_weights(subject: WeightSubject) -> Judged:
+    """Findings in the order of the checkpoint, then those of parameters. A rank that was not traced is an error."""
+    if subject.errors:
+        return _untraced(subject)
+    by_name: dict[str, list[Problem]] = defaultdict(list)
+    for problem in find_problems(subject):
+        by_name[problem.name].append(problem)
+    names = [*subject.expected.tensors, *(n for n in by_name if n not in subject.expected.tensors)]
+    findings = [_finding(subject, n, by_name.get(n, []), order) for order, n in enumerate(names)]
+    skipped = [Unmatched(side="reference", point=f.point, reason=f.message) for f in findings if f.verdict == "skip"]
+    skipped += [
+        Unmatched(side="candidate", point=g.parameter, reason="a buffer made when the model is built, not loaded")
+        for g in subject.gaps
+        if g.kind == "unwritten" and g.rank == 0 and subject.parameters[g.parameter, 0].buffer
+    ]
+    compared = sum(f.verdict != "skip" for f in findings)
+    coverage = Coverage(check=CHECK, points=len(names), compared=compared, skipped=skipped)
+    return Judged(coverage=coverage, findings=findings, rows=weight_rows(subject, findings))
+
+
+def _untraced(subject: WeightSubject) -> Judged:
+    findings = [
+        Finding(
+            check=CHECK, case="", point=f"rank {rank}", verdict="error", message=f"the loader was not traced: {why}"
+        )
+        for rank, why in subject.errors.items()
+    ]
+    points = len(subject.expected.tensors)
+    return Judged(coverage=Coverage(check=CHECK, points=points, compared=0), findings=findings, rows=[])
+
+
+def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: int) -> Finding:
+    landings = subject.by_tensor.get(name, [])
+    reason = next((r for p in problems if (r := allowed_reason(subject, p))), "")
+    real = [p for p in problems if not allowed_reason(subject, p)]
+    verdict: Verdict = "fail" if real else "skip" if reason and not landings else "pass"
+    more = f" (and {len(real) - 1} more)" if len(real) > 1 else ""
+    shape = subject.expected.tensors[name][0] if name in subject.expected.tensors else ()
+    dtypes = sorted({subject.parameters[x.parameter, x.rank].dtype for x in landings})
+    return Finding(
+        check=CHECK,
+        case="",
+        point=name,
+        verdict=verdict,
+        metric=real[0].code if real else "differing",
+        value=float(sum(p.elements for p in real)) if real else 0.0,
+        allowed=0.0,
+        allowed_source=RULE,
+        origin="introduced" if real else None,
+        order=order,
+        message=real[0].message + more if real else reason,
+        candidate_point=", ".join(dict.fromkeys(x.parameter for x in landings)) or (name if not shape else ""),
+        mapping="; ".join(landing_text(subject, x) for x in landings[:8]),
+        metrics={p.code: float(p.elements) for p in real},
+        shape=list(shape),
+        dtypes=(subject.expected.tensors[name][1], dtypes[0]) if shape and dtypes else None,
+    )
+
+
+def allowed_reason(subject: WeightSubject, problem: Problem) -> str:
+    """Why a problem is meant to be; empty where it is not."""
+    for rule in subject.expected.allowed:
+        if rule.problem == problem.code and re.fullmatch(rule.name, problem.name):
+            return rule.reason
+    layout = subject.expected.reference
+    if layout is None or problem.code != "unread":
+        return ""
+    if problem.name == layout.head and layout.tied and problem.name not in subject.by_tensor:
+        return "the config ties the output head to the embedding, so this tensor is not used"
+    if problem.name not in layout.parameters:
+        return "the reference does not use this tensor either"
+    return ""
+
+
+def landing_text(subject: WeightSubject, landing: Landing) -> str:
+    """A landing in one line: from where to where."""
+    shape = subject.parameters[landing.parameter, landing.rank].shape
+    source = show(landing.source, subject.shape(landing.tensor))
+    turned = " transposed" if landing.transposed else ""
+    changed = f" as {landing.change}" if landing.change else ""
+    return (
+        f"{source} -> {landing.parameter}{show(landing.target, shape)}{turned}{changed}{on_rank(subject, landing.rank)}"
+    )
+
+
+def weight_rows(subject: WeightSubject, findings: list[Finding]) -> list[WeightRow]:
+    """Every landing, every tensor that landed nowhere and every gap that is not padding, as rows for people."""
+    verdicts = {f.point: f for f in findings}
+    rows = []
+    for name, (shape, dtype) in subject.expected.tensors.items():
+        finding = verdicts[name]
+        told = finding.message if finding.verdict != "pass" else ""
+        status = finding.metric if finding.verdict == "fail" else finding.verdict
+        for x in subject.by_tensor.get(name, []):
+            target = subject.parameters[x.parameter, x.rank].shape
+            rows.append(
+                WeightRow(
+                    tensor=name,
+                    parameter=x.parameter,
+                    rank=x.rank,
+                    source=show(x.source, shape),
+                    target=show(x.target, target),
+                    change=", ".join(filter(None, ["transposed" if x.transposed else "", x.change])),
+                    elements=size(x.source),
+                    dtype=dtype,
+                    status=status,
+                    message=told,
+                )
+            )
+        if name not in subject.by_tensor:
+            rows.append(WeightRow(tensor=name, elements=size_of(shape), dtype=dtype, status=status, message=told))
+    rows += [
+        WeightRow(parameter=f.point, elements=int(f.value or 0), status=f.metric, message=f.message)
+        for f in findings
+        if f.point not in subject.expected.tensors
+    ]
+    return rows

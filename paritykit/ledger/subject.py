@@ -1,0 +1,153 @@
+"""What the ledger looks at: where weights landed on every rank, and what was to be expected. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import cached_property
+
+import msgspec
+
+from paritykit.mapping.rules import Part
+from paritykit.provenance.weightmap import Arrived, Gap, Landing, ParameterInfo, RankLedger, WeightMap, merge_ranks
+
+NUMBER = re.compile(r"(?<![A-Za-z_])\d+(?![A-Za-z_])")
+
+
+class Allowed(msgspec.Struct, frozen=True, kw_only=True):
+    """A problem that is meant to be: names that match the pattern ``name`` in full, and why."""
+
+    problem: str
+    name: str
+    reason: str
+
+
+class ReferenceLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """What the reference makes of a checkpoint.
+
+    ``parameters``: tensor to the parameter it fills, for those it uses. ``features``: tensor to its axis of output
+    features. ``lookups``: tensors of embeddings, which are not multiplied. ``tied``: whether the output head shares the
+    input embedding; ``embedding`` and ``head`` are those tensors.
+    """
+
+    parameters: dict[str, str] = {}
+    features: dict[str, int] = {}
+    lookups: list[str] = []
+    tied: bool = False
+    embedding: str = ""
+    head: str = ""
+
+
+class Expected(msgspec.Struct, frozen=True, kw_only=True):
+    """What the weights should look like.
+
+    ``tensors``: checkpoint name to shape and dtype, from the files. ``declared``: tensor to parameter and part of it,
+    as the engine's rules say. ``fused``: module to its parts. ``dtype`` is what the engine was asked to compute in.
+    """
+
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    reference: ReferenceLayout | None = None
+    declared: dict[str, tuple[str, int | None]] = {}
+    fused: dict[str, list[Part]] = {}
+    dtype: str = ""
+    allowed: list[Allowed] = []
+
+
+class WeightSubject:
+    """The ledgers of all ranks, indexed, with what was expected."""
+
+    def __init__(self, ledgers: list[RankLedger], expected: Expected) -> None:
+        self.ledgers = sorted(ledgers, key=lambda x: x.rank)
+        self.expected = expected
+        self.ranks = len(ledgers)
+
+    @cached_property
+    def found(self) -> WeightMap:
+        """One map over all ranks."""
+        return merge_ranks(x.found for x in self.ledgers)
+
+    @cached_property
+    def by_tensor(self) -> dict[str, list[Landing]]:
+        """Landings of each tensor, in order of rank."""
+        found: dict[str, list[Landing]] = defaultdict(list)
+        for landing in self.found.landings:
+            found[landing.tensor].append(landing)
+        return found
+
+    @cached_property
+    def by_parameter(self) -> dict[tuple[str, int], list[Landing]]:
+        """Landings of each parameter of each rank, in order of its places."""
+        found: dict[tuple[str, int], list[Landing]] = defaultdict(list)
+        for landing in self.found.landings:
+            found[landing.parameter, landing.rank].append(landing)
+        for landings in found.values():
+            landings.sort(key=lambda x: tuple(s.low for s in x.target))
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[tuple[str, int], ParameterInfo]:
+        """Every parameter by name and rank."""
+        return {(p.name, p.rank): p for p in self.found.parameters}
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """Parameter to the other names it has."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for p in self.found.parameters:
+            if p.same_as and p.name not in found[p.same_as]:
+                found[p.same_as].append(p.name)
+        return found
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """What no tensor explains."""
+        return self.found.gaps
+
+    @property
+    def arrived(self) -> list[Arrived]:
+        """Landings whose numbers were compared."""
+        return [a for x in self.ledgers for a in x.arrived]
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Ranks whose loader could not be traced, and why."""
+        return {x.rank: x.error for x in self.ledgers if x.error}
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """A tensor's shape, as the loader was handed it."""
+        found = self.found.tensors.get(tensor)
+        return found.shape if found else self.expected.tensors[tensor][0]
+
+    def part_of(self, landing: Landing) -> int | None:
+        """The part of a fused parameter that a landing lies in; None where it is not fused or spans several parts."""
+        parts = self.parts(landing.parameter)
+        start = 0
+        for number, part in enumerate(parts):
+            stop = start + part.local
+            first = landing.target[0] if landing.target else None
+            if first is not None and start <= first.low and max(first.start, first.last) < stop:
+                return number
+            start = stop
+        return None
+
+    def parts(self, parameter: str) -> list[Part]:
+        """The parts of a fused parameter, in order along its first axis; empty where it has none."""
+        return self.expected.fused.get(parameter.rpartition(".")[0], [])
+
+
+def pattern(name: str) -> str:
+    """A name without its numbers: layers and experts of one kind have the same.
+
+    >>> pattern("model.layers.3.mlp.experts.12.w1.weight")
+    'model.layers.*.mlp.experts.*.w1.weight'
+    """
+    return NUMBER.sub("*", name)
+
+
+def numbers(name: str) -> list[int]:
+    """The numbers in a name.
+
+    >>> numbers("model.layers.3.mlp.experts.12.w1.weight")
+    [3, 12]
+    """
+    return [int(n) for n in NUMBER.findall(name)]

@@ -1,0 +1,143 @@
+"""From what a parameter held after each pass to the boxes it was filled from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from paritykit.provenance.boxes import Box, find_boxes
+from paritykit.provenance.changes import UNDO
+from paritykit.provenance.codes import Coding
+from paritykit.provenance.landings import to_landings
+from paritykit.provenance.sources import FIRST, Source
+from paritykit.provenance.weightmap import Gap, Landing, Unfilled
+
+UNWRITTEN, CONSTANT, UNKNOWN = -1, -2, -3
+KINDS: dict[int, Unfilled] = {UNWRITTEN: "unwritten", CONSTANT: "constant", UNKNOWN: "unknown"}
+
+
+@dataclass(slots=True)
+class Readings:
+    """What a parameter held after each pass and after the probe, as float64, and where it was poison each time."""
+
+    raw: list[torch.Tensor] = field(default_factory=list)
+    poisoned: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
+
+
+def add_reading(reading: Readings, tensor: torch.Tensor) -> None:
+    """Keep the digits of one pass. Values that are no digit are kept as they are, to be explained."""
+    if tensor.is_floating_point():
+        values = tensor.to(torch.float64)
+        poisoned = values.isnan()
+    else:
+        values = tensor.to(torch.float64)
+        poison_value = torch.empty(1, dtype=tensor.dtype)
+        poison(poison_value)
+        poisoned = tensor == poison_value
+    reading.poisoned = poisoned if reading.poisoned is None else reading.poisoned & poisoned
+    reading.raw.append(values)
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Fill with what no loader writes: NaN, or the lowest integer."""
+    if tensor.is_floating_point():
+        tensor.detach().fill_(float("nan"))
+    elif tensor.dtype != torch.bool:
+        tensor.detach().fill_(torch.iinfo(tensor.dtype).min or torch.iinfo(tensor.dtype).max)
+
+
+def decode(
+    name: str, reading: Readings, coding: Coding, sources: list[Source], rank: int
+) -> tuple[list[Landing], list[Gap]]:
+    """The boxes of one parameter."""
+    addresses, labels, changes = _addresses(reading, coding, sources)
+    shape = tuple(reading.raw[0].shape)
+    landings: list[Landing] = []
+    gaps: list[Gap] = []
+    for box in find_boxes(addresses.numpy().reshape(shape or (1,)), labels.numpy().reshape(shape or (1,))):
+        spans = box.spans if shape else ()
+        if box.label < 0:
+            gaps.append(_gap(name, rank, box, reading))
+            continue
+        change, source = divmod(box.label, len(sources))
+        tensor = sources[source]
+        if not box.regular:
+            gaps.append(Gap(parameter=name, rank=rank, target=spans, kind="scattered", tensor=tensor.name))
+            continue
+        for inside, target, axes in to_landings(box, tensor.shape):
+            landings.append(
+                Landing(
+                    tensor=tensor.name,
+                    parameter=name,
+                    rank=rank,
+                    source=inside,
+                    target=target if shape else (),
+                    axes=axes if shape else (),
+                    change=changes[change],
+                    copy=tensor.copy,
+                )
+            )
+    return landings, gaps
+
+
+def _gap(name: str, rank: int, box: Box, reading: Readings) -> Gap:
+    value = None
+    if box.label == CONSTANT:
+        index = tuple(s.start for s in box.spans)
+        value = float(reading.raw[0].reshape(reading.raw[0].shape or (1,))[index])
+    return Gap(
+        parameter=name,
+        rank=rank,
+        target=box.spans if reading.raw[0].dim() else (),
+        kind=KINDS[box.label],
+        value=value,
+    )
+
+
+def _addresses(
+    reading: Readings, coding: Coding, sources: list[Source]
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Flat offset and label of every element: the source's number, plus a multiple of their count for each change."""
+    raw = [r.reshape(-1) for r in reading.raw]
+    changes: list[str] = []
+    offsets = torch.zeros(raw[0].numel(), dtype=torch.int64)
+    labels = torch.full_like(offsets, UNKNOWN)
+    assert reading.poisoned is not None
+    labels[reading.poisoned.reshape(-1)] = UNWRITTEN
+    for change, undo in UNDO.items():
+        places = (labels == UNKNOWN).nonzero().reshape(-1)
+        if not len(places):
+            break
+        found = coding.join([_digit(undo(r[places])) for r in raw])
+        source, offset, known = _look_up(found, sources)
+        if known.any():
+            offsets[places[known]] = offset[known]
+            labels[places[known]] = len(changes) * len(sources) + source[known]
+            changes.append(change)
+        if not change:
+            labels[_constant(labels, reading)] = CONSTANT
+    return offsets, labels, changes
+
+
+def _constant(labels: torch.Tensor, reading: Readings) -> torch.Tensor:
+    """Where the same finite number was found after every pass, and it is nobody's address."""
+    assert reading.probe is not None
+    all_ = [r.reshape(-1) for r in (*reading.raw, reading.probe)]
+    same = torch.stack([r == all_[0] for r in all_[1:]]).all(0)
+    return (labels == UNKNOWN) & same & all_[0].isfinite()
+
+
+def _digit(values: torch.Tensor) -> torch.Tensor:
+    whole = values.isfinite() & (values == values.round()) & (values.abs() < 2**52)
+    return torch.where(whole, values.nan_to_num(-1), -1.0).to(torch.int64)
+
+
+def _look_up(addresses: torch.Tensor, sources: list[Source]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Source number, flat offset, and whether the address is anybody's."""
+    starts = torch.tensor([s.start for s in sources] or [0])
+    sizes = torch.tensor([s.size for s in sources] or [0])
+    source = (torch.searchsorted(starts, addresses, right=True) - 1).clamp_min(0)
+    offset = addresses - starts[source]
+    return source, offset, (addresses >= FIRST) & (offset >= 0) & (offset < sizes[source])

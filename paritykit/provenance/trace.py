@@ -1,0 +1,124 @@
+"""Tracing a loader: it is handed addresses for weights, and the parameters are read back.
+
+Every parameter and persistent buffer is poisoned first, so that what the loader leaves alone shows, and restored after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from paritykit.provenance.changes import explain_change
+from paritykit.provenance.codes import Coding, coding_for
+from paritykit.provenance.decode import Readings, add_reading, decode, poison
+from paritykit.provenance.sources import Source, list_sources, probe_values
+from paritykit.provenance.weightmap import ParameterInfo, TensorInfo, WeightMap
+
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+"""Gives a fresh iterator over (checkpoint name, tensor), as the engine's loader reads them; shapes are looked at."""
+Load = Callable[[Iterator[tuple[str, torch.Tensor]]], object]
+"""The engine's own loader: puts such an iterator into the parameters."""
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer of a module by all of its names, tied ones under each."""
+    kept = set(model.state_dict(keep_vars=True))
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in kept}
+    return found
+
+
+def trace(
+    parameters: Mapping[str, torch.Tensor], *, weights: Weights, load: Load, rank: int = 0, restore: bool = True
+) -> WeightMap:
+    """Where each element that ``load`` is handed lands in ``parameters``. Errors of ``load`` go through.
+
+    Memory: 8 bytes an element of the largest traced set of parameters for each pass. ``restore`` puts the values from
+    before back.
+    """
+    infos = describe(parameters, rank)
+    live = {i.name: parameters[i.name] for i in infos if not i.same_as}
+    kept = {n: p.detach().clone() for n, p in live.items()} if restore else {}
+    sources = list_sources(weights())
+    coding = coding_for({s.dtype for s in sources} | {p.dtype for p in live.values()})
+    try:
+        readings = _run_passes(live, sources, coding, weights, load)
+        probe = _probe(live, sources, weights, load)
+    finally:
+        for name, values in kept.items():
+            live[name].detach().copy_(values)
+    found = WeightMap(tensors=_tensors(sources), parameters=infos)
+    for name, reading in readings.items():
+        reading.probe = probe[name].to(torch.float64)
+        landings, gaps = decode(name, reading, coding, sources, rank)
+        found.landings += landings
+        found.gaps += gaps
+    return explain_change(found, sources, probe)
+
+
+def describe(parameters: Mapping[str, torch.Tensor], rank: int) -> list[ParameterInfo]:
+    """What there is, and who owns each piece of memory. Empty tensors are left out."""
+    owners: dict[object, str] = {}
+    infos = []
+    for name, p in parameters.items():
+        if not p.numel() or nn.parameter.is_lazy(p):
+            continue
+        key = (p.data_ptr(), tuple(p.shape), p.stride())
+        owner = owners.setdefault(key, name)
+        infos.append(
+            ParameterInfo(
+                name=name,
+                rank=rank,
+                shape=tuple(p.shape),
+                dtype=str(p.dtype).removeprefix("torch."),
+                buffer=not isinstance(p, nn.Parameter),
+                same_as="" if owner == name else owner,
+            )
+        )
+    return infos
+
+
+def _tensors(sources: list[Source]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for s in sources:
+        found[s.name] = TensorInfo(shape=s.shape, dtype=str(s.dtype).removeprefix("torch."), copies=s.copy + 1)
+    return found
+
+
+def _run_passes(
+    live: Mapping[str, torch.Tensor], sources: list[Source], coding: Coding, weights: Weights, load: Load
+) -> dict[str, Readings]:
+    readings = {name: Readings() for name in live}
+    for number in range(coding.passes):
+
+        def fill(source: Source, number: int = number) -> torch.Tensor:
+            addresses = torch.arange(source.start, source.start + source.size, dtype=torch.int64)
+            return coding.digit(addresses, number).reshape(source.shape).to(source.dtype)
+
+        _load(live, sources, weights, load, fill)
+        for name, tensor in live.items():
+            add_reading(readings[name], tensor.detach().cpu())
+    return readings
+
+
+def _probe(
+    live: Mapping[str, torch.Tensor], sources: list[Source], weights: Weights, load: Load
+) -> dict[str, torch.Tensor]:
+    """One more pass with numbers like a real model's, from which functions of a weight can be told."""
+    _load(live, sources, weights, load, probe_values)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+
+
+def _load(
+    live: Mapping[str, torch.Tensor],
+    sources: list[Source],
+    weights: Weights,
+    load: Load,
+    fill: Callable[[Source], torch.Tensor],
+) -> None:
+    for tensor in live.values():
+        poison(tensor)
+    due = iter(sources)
+    load((name, fill(next(due)).to(real.device)) for name, real in weights())
