@@ -18,7 +18,7 @@ from rich.console import Console
 
 import paritykit
 from paritykit.errors import ParityError, UsageError
-from paritykit.options import CAPTURE_OPTIONS, REPORT_OPTIONS, RUN_OPTIONS, apply, parse_engine_args
+from paritykit.options import CAPTURE_OPTIONS, REPORT_OPTIONS, RUN_OPTIONS, WEIGHTS_OPTIONS, apply, parse_engine_args
 from paritykit.progress import ProgressLine
 from paritykit.reports import REPORTS, write_report
 from paritykit.reports.terminal import print_summary, show_point
@@ -150,6 +150,34 @@ def compare(reference: Path, candidate: Path, **options: Any) -> int:
             command=["paritykit", *sys.argv[1:]],
             progress=progress,
         )
+    return _finish(results, options)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("model")
+@apply(WEIGHTS_OPTIONS)
+@apply(REPORT_OPTIONS)
+def weights(model: str, **options: Any) -> int:
+    """Show where the candidate's own loader puts every weight of MODEL, and whether it arrives unchanged.
+
+    \b
+    paritykit weights ./my-model --candidate vllm
+    paritykit weights ./my-model --tensor-parallel-size 2 --jsonl weights.jsonl --html weights.html
+    """
+    from paritykit.plan import make_plan
+    from paritykit.reports.weights import print_weights
+
+    plan = make_plan(
+        model,
+        given={name: options[name] for name in ("candidate", "dtype")},
+        checks=["weights"],
+        engine_args=parse_engine_args(options["engine_arg"]),
+        tensor_parallel_size=options["tensor_parallel_size"],
+    )
+    with ProgressLine(quiet=options["quiet"]) as progress, plan.open(progress=progress) as session:
+        results = session.results(plan.checks, command=["paritykit", *sys.argv[1:]])
+    if not options["quiet"]:
+        print_weights(results, console=Console(), verbose=options["verbose"])
     return _finish(results, options)
 
 

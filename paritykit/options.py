@@ -19,18 +19,25 @@ def _file(name: str, text: str) -> Decorator:
 
 
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; the exit code still tells.")
+ENGINE_ARG = click.option(
+    "--engine-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the engine (repeatable)."
+)
 CASES = (
     click.option("--case", multiple=True, help="Case or set of cases (repeatable; default: smoke)."),
     _file("--cases", "JSONL file, one case a line; --case then picks by id."),
-    click.option("--engine-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the engine (repeatable)."),
+    ENGINE_ARG,
 )
+CANDIDATE = (
+    click.option("--candidate", help="Candidate engine, or package.module:factory (default: vllm)."),
+    click.option("--dtype", help="The candidate's dtype (default: auto, the checkpoint's own)."),
+    click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Ranks of the candidate."),
+)
+WEIGHTS_OPTIONS = (*CANDIDATE, ENGINE_ARG)
 RUN_OPTIONS = (
     click.option("--reference", help="Reference engine (default: hf)."),
-    click.option("--candidate", help="Candidate engine, or package.module:factory (default: vllm)."),
+    *CANDIDATE,
     click.option("--check", multiple=True, help="Check to run (repeatable; default: all)."),
-    click.option("--dtype", help="The candidate's dtype (default: auto, the checkpoint's own)."),
     click.option("--reference-dtype", help="The reference's dtype (default: float32)."),
-    click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Ranks of the candidate."),
     click.option(
         "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."
     ),

@@ -56,6 +56,7 @@ class Plan:
             candidate=self.candidate_engine(),
             cases=self.resolve_cases(),
             config=self.config,
+            checkpoint=self.checkpoint,
             rules=self.rules,
             progress=progress,
         )

@@ -6,20 +6,22 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from paritykit.case import CaseSet
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Subject
+from paritykit.checks.base import Answer, ModelCheck, Subject
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
 from paritykit.reports import write_report
 from paritykit.reports.failure import failure_text
-from paritykit.results import Coverage, Finding, Results, read_jsonl, write_jsonl
-from paritykit.runner import Session, assemble, merge_results
+from paritykit.results import Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
+from paritykit.runner import Session, assemble, case_infos, merge_results
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -62,55 +64,66 @@ class ParitySession:
             candidate=candidate,
             cases=plan.resolve_cases(),
             config=plan.config,
+            checkpoint=plan.checkpoint,
             rules=plan.rules,
         )
         self._coverage: dict[str, Coverage] = {}
         self._findings: list[Finding] = []
+        self._weights: list[WeightRow] = []
+        self._subject: Subject | None = None
         self._error: ParityError | None = None
 
-    def check(self, name: str, case: str) -> Results:
-        """Run one check on one case.
+    def check(self, name: str, case: str = "") -> Results:
+        """Run one check, on one case unless it looks at the model as a whole.
 
         Raises UnknownNameError for a check or a case that is not there, EngineError if an engine could not run.
         """
-        check, subject = CHECKS.get(name), self._subject()
+        check = CHECKS.get(name)
+        if isinstance(check, ModelCheck):
+            return self._keep(name, self._tried(lambda: self._session.answer(check)))
+        subject = self._tried(lambda: self._session.subject)
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
-        findings = check.run(subject, case)
-        coverage = check.cover(subject)
-        self._coverage[name] = coverage
-        self._findings += findings
-        return self._assemble([name], [coverage], findings)
+        self._subject = subject
+        return self._keep(name, Answer(coverage=check.cover(subject), findings=check.run(subject, case)))
 
     def finish(self, parts: Path) -> None:
         """Close the engines and leave what was found in the folder of parts."""
         try:
             if self._coverage:
                 parts.mkdir(mode=0o700, exist_ok=True)
-                whole = self._assemble(list(self._coverage), list(self._coverage.values()), self._findings)
+                coverage = list(self._coverage.values())
+                whole = self._assemble(list(self._coverage), coverage, self._findings, self._weights)
                 write_jsonl(whole, parts / f"{uuid.uuid4().hex}.jsonl")
         finally:
             self._session.close()
 
-    def _subject(self) -> Subject:
-        """Both captures; engines that failed once are not tried again by every test."""
+    def _tried(self, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` gives; engines that failed once are not tried again by every test."""
         if self._error is not None:
             raise self._error
         try:
-            return self._session.subject
+            return attempt()
         except ParityError as error:
             self._error = error
             raise
 
-    def _assemble(self, names: list[str], coverage: list[Coverage], findings: list[Finding]) -> Results:
+    def _keep(self, name: str, answer: Answer) -> Results:
+        self._coverage[name] = answer.coverage
+        self._findings += answer.findings
+        self._weights += answer.weights
+        return self._assemble([name], [answer.coverage], answer.findings, answer.weights)
+
+    def _assemble(
+        self, names: list[str], coverage: list[Coverage], findings: list[Finding], weights: list[WeightRow]
+    ) -> Results:
         return assemble(
-            self._session.subject,
-            names,
-            coverage,
-            findings,
+            self._session.run_record(names, command=self._command),
+            coverage=coverage,
+            findings=findings,
+            weights=weights,
+            cases=case_infos(self._subject, free=self._session.chosen_freely) if self._subject else [],
             config=self._plan.config,
-            command=self._command,
-            free=self._session.chosen_freely,
         )
 
 
@@ -121,8 +134,8 @@ class Parity:
         self._session = session
         self._item = item
 
-    def check(self, name: str, case: str) -> Results:
-        """Returns the records if the check passes on ``case``; raises ParityFailure otherwise.
+    def check(self, name: str, case: str = "") -> Results:
+        """Returns the records if the check passes; raises ParityFailure otherwise. Model checks take no ``case``.
 
         Too little compared is no pass. The test is skipped, and says so, where the check has nothing to look at.
         """
@@ -133,7 +146,8 @@ class Parity:
             raise error.with_traceback(None) from None
         self._item.user_properties += properties(results)
         if not results.findings:
-            pytest.skip(f"check {name!r} has nothing to compare in case {case!r}")
+            reason = next((u.reason for c in results.coverage for u in c.skipped if not case), "")
+            pytest.skip(reason or f"check {name!r} has nothing to compare in case {case!r}")
         if results.summary.verdict != "pass":
             raise ParityFailure(failure_text(results))
         return results

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,14 +19,18 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Subject
+from paritykit.checks.base import Answer, Check, ModelCheck, ModelSubject, Subject
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
+from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
+from paritykit.ledger.expect import expect
+from paritykit.ledger.subject import WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
-from paritykit.results import CaseInfo, Coverage, Finding, Results, Run
+from paritykit.provenance.weightmap import RankLedger
+from paritykit.results import CaseInfo, Coverage, Finding, Results, Run, Side, Unmatched, WeightRow
 from paritykit.verdict import summarise
 
 ENVIRONMENT = (
@@ -52,9 +57,11 @@ class Session:
         candidate: Engine,
         cases: list[Case],
         config: Config | None = None,
+        checkpoint: Checkpoint | None = None,
         rules: list[UserRule] | None = None,
         progress: Progress | None = None,
     ) -> None:
+        self._checkpoint = checkpoint
         self.config = config or load_config()
         self._tolerance = check_overrides(self.config["tolerance"])
         self._engines = {"reference": reference, "candidate": candidate}
@@ -115,24 +122,70 @@ class Session:
             free=self.free_tokens,
         )
 
+    @cached_property
+    def model(self) -> ModelSubject:
+        """The model as a whole, as model checks look at it."""
+        return ModelSubject(weights=self._weights)
+
     def results(self, checks: Iterable[str], *, command: list[str] | None = None) -> Results:
-        """Run ``checks`` over all cases and put the records of the run together."""
+        """Run ``checks``, those of the model first, the others over all cases, and put the records together."""
         started = time.monotonic()
-        subject = self.subject
         names = list(checks)
-        found = run_checks(subject, names, progress=self._progress)
-        ended = time.monotonic()
+        loaded = [CHECKS.get(name) for name in names]
+        cased = [c.name for c in loaded if isinstance(c, Check)]
+        subject = self.subject if cased else None
+        answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
+        coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
         return assemble(
-            subject, names, *found, config=self.config, command=command, free=self._free, seconds=ended - started
+            self.run_record(names, command=command),
+            coverage=[a.coverage for a in answers] + coverage,
+            findings=[f for a in answers for f in a.findings] + findings,
+            weights=[w for a in answers for w in a.weights],
+            cases=case_infos(subject, free=self._free) if subject else [],
+            config=self.config,
+            seconds=time.monotonic() - started,
         )
 
-    def _run(self, side: str, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:
+    def answer(self, check: ModelCheck) -> Answer:
+        """What a model check finds; that it was skipped, where the candidate cannot do what it needs."""
+        self._opened_engine("candidate")
+        if check.needs and check.needs not in self._engines["candidate"].capabilities:
+            name = getattr(self._engines["candidate"], "name", "the candidate")
+            reason = f"engine {name!r} does not say where its loader puts weights"
+            skipped = [Unmatched(side="candidate", point=check.name, reason=reason)]
+            return Answer(coverage=Coverage(check=check.name, points=0, compared=0, skipped=skipped), findings=[])
+        self._say(f"checking: {check.name}")
+        return check.run(self.model)
+
+    def run_record(self, checks: list[str], *, command: list[str] | None = None) -> Run:
+        """The first record. Where no case ran, the reference is the checkpoint itself."""
+        captured = "reference" in self.__dict__
+        side = self.reference.manifest.side if captured else checkpoint_side(self._checkpoint)
+        candidate = (
+            self.candidate.manifest.side
+            if "candidate" in self.__dict__
+            else self._opened_engine("candidate").describe()
+        )
+        return run_record(side, candidate, checks, command=command)
+
+    def _weights(self) -> WeightSubject:
+        """The candidate's ledgers beside what the checkpoint and the reference let expect."""
+        engine: Any = self._opened_engine("candidate")
+        ledgers: list[RankLedger] = engine.ledger()
+        return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype)
+
+    def _opened_engine(self, side: str) -> Engine:
         engine = self._engines[side]
         if side not in self._opened:
             self._opened.add(side)
             self._say(f"starting {getattr(engine, 'name', side)}")
             engine.open()
-        return engine.run(cases, points=Selection(points), out=Path(self._folder.name) / name, progress=self._progress)
+        return engine
+
+    def _run(self, side: str, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:
+        return self._opened_engine(side).run(
+            cases, points=Selection(points), out=Path(self._folder.name) / name, progress=self._progress
+        )
 
     def _close(self, side: str) -> None:
         self._opened.discard(side)
@@ -147,7 +200,7 @@ def run_checks(
     subject: Subject, checks: Iterable[str], *, progress: Progress | None = None
 ) -> tuple[list[Coverage], list[Finding]]:
     """Coverage and findings of ``checks`` over every case of the subject. UnknownNameError for an unknown check."""
-    loaded = [CHECKS.get(name) for name in checks]
+    loaded = [case_check(name) for name in checks]
     todo = [(check, case) for check in loaded for case in subject.reference.cases]
     findings: list[Finding] = []
     for number, (check, case) in enumerate(todo):
@@ -157,30 +210,37 @@ def run_checks(
     return [check.cover(subject) for check in loaded], findings
 
 
-def assemble(
-    subject: Subject,
-    checks: list[str],
-    coverage: list[Coverage],
-    findings: list[Finding],
-    *,
-    config: Config,
-    command: list[str] | None = None,
-    free: dict[str, list[int]] | None = None,
-    seconds: float | None = None,
-) -> Results:
-    """All records of a run."""
-    reference, candidate = subject.reference, subject.candidate
-    run = Run(
+def case_check(name: str) -> Check:
+    """The check of that name that compares captures. UnknownNameError for none, UsageError for a model check."""
+    found = CHECKS.get(name)
+    if isinstance(found, ModelCheck):
+        raise UsageError(f"check {name!r} looks at a loaded engine, not at captures; see `paritykit run`")
+    return found
+
+
+def case_checks() -> list[str]:
+    """Names of the checks that compare captures."""
+    return [name for name, check in CHECKS.items() if isinstance(check, Check)]
+
+
+def run_record(reference: Side, candidate: Side, checks: list[str], *, command: list[str] | None = None) -> Run:
+    """The first record of a run, made now."""
+    return Run(
         paritykit=paritykit.__version__,
-        reference=reference.manifest.side,
-        candidate=candidate.manifest.side,
+        reference=reference,
+        candidate=candidate,
         checks=checks,
         command=shlex.join(command or []),
         environment=environment(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def case_infos(subject: Subject, *, free: dict[str, list[int]] | None = None) -> list[CaseInfo]:
+    """The cases with what each side produced; ``free`` is what the candidate chose by itself."""
+    reference, candidate = subject.reference, subject.candidate
     chosen = free if free is not None else {c: candidate.generated(c) for c in reference.cases}
-    cases = [
+    return [
         CaseInfo(
             id=c.id,
             tokens=list(c.tokens),
@@ -191,8 +251,38 @@ def assemble(
         )
         for c in reference.cases.values()
     ]
-    summary = summarise(checks, coverage, findings, min_coverage=config["min_coverage"], seconds=seconds)
-    return Results(run=run, cases=cases, coverage=coverage, findings=findings, summary=summary)
+
+
+def assemble(
+    run: Run,
+    *,
+    coverage: list[Coverage],
+    findings: list[Finding],
+    cases: list[CaseInfo],
+    config: Config,
+    weights: list[WeightRow] | None = None,
+    seconds: float | None = None,
+) -> Results:
+    """All records of a run."""
+    summary = summarise(run.checks, coverage, findings, min_coverage=config["min_coverage"], seconds=seconds)
+    return Results(run=run, cases=cases, coverage=coverage, findings=findings, weights=weights or [], summary=summary)
+
+
+def weight_subject(ledgers: list[RankLedger], checkpoint: Checkpoint | None, *, dtype: str) -> WeightSubject:
+    """What the ledger looks at; where there is no checkpoint to read, the tensors are those the loader was handed."""
+    from paritykit.engines.layout import reference_layout
+
+    tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
+    tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
+    layout = reference_layout(checkpoint) if checkpoint else None
+    return WeightSubject(ledgers, expect(tensors, ledger=ledgers[0], reference=layout, dtype=dtype))
+
+
+def checkpoint_side(checkpoint: Checkpoint | None) -> Side:
+    """A checkpoint as a side of a run."""
+    if checkpoint is None:
+        return Side(engine="checkpoint", model="", dtype="")
+    return Side(engine="checkpoint", model=str(checkpoint.path), dtype=checkpoint.dtype, digest=checkpoint.digest)
 
 
 def compare_captures(
@@ -218,8 +308,10 @@ def compare_captures(
         tolerance=check_overrides(config["tolerance"]),
         tolerance_source=config.source("tolerance"),
     )
-    names = list(checks) if checks is not None else CHECKS.names()
-    return assemble(subject, names, *run_checks(subject, names, progress=progress), config=config, command=command)
+    names = list(checks) if checks is not None else case_checks()
+    coverage, findings = run_checks(subject, names, progress=progress)
+    run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
+    return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 
 
 def check_same_tokens(reference: Capture, candidate: Capture) -> None:
@@ -259,5 +351,8 @@ def merge_results(parts: list[Results]) -> Results:
         cases=list(cases.values()),
         coverage=list(coverage.values()),
         findings=findings,
+        weights=list(
+            {(w.tensor, w.parameter, w.rank, w.source, w.target): w for p in parts for w in p.weights}.values()
+        ),
         summary=summary,
     )

@@ -15,11 +15,16 @@ COMPARED = ("pass", "fail", "inconclusive")
 
 
 def check_verdict(coverage: Coverage, findings: Iterable[Finding], *, min_coverage: float) -> Verdict:
-    """Fail before error before inconclusive (less than ``min_coverage`` of the reference's points) before pass."""
+    """Skip where there was nothing to look at, for a reason; fail before error before inconclusive before pass.
+
+    Inconclusive is also less than ``min_coverage`` of the reference's points.
+    """
     verdicts = {f.verdict for f in findings}
     for worst in ("fail", "error", "inconclusive"):
         if worst in verdicts:
             return worst
+    if not coverage.points and coverage.skipped:
+        return "skip"
     unmatched = sum(u.side == "reference" for u in coverage.unmatched)
     known = coverage.compared + unmatched
     if not known or verdicts.isdisjoint(COMPARED) or coverage.compared / known < min_coverage:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from paritykit.checks.base import Check
+from paritykit.checks.base import Check, ModelCheck
 from paritykit.registry import Registry
 
-CHECKS: Registry[Check] = Registry("check")
+CHECKS: Registry[Check | ModelCheck] = Registry("check")
+CHECKS.register("weights", "paritykit.checks.weights:CHECK")
 CHECKS.register("modules", "paritykit.checks.modules:CHECK")
 CHECKS.register("logits", "paritykit.checks.logits:CHECK")
 CHECKS.register("tokens", "paritykit.checks.tokens:CHECK")

@@ -10,7 +10,8 @@ import msgspec
 
 from paritykit.comparison.tolerance import Tolerance, tolerance_for
 from paritykit.diagnose.locate import Graph
-from paritykit.results import Coverage, Finding
+from paritykit.ledger.subject import WeightSubject
+from paritykit.results import Coverage, Finding, WeightRow
 
 if TYPE_CHECKING:
     from paritykit.captures.reader import Capture
@@ -80,4 +81,37 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     question: str
     run: Callable[[Subject, str], list[Finding]]
     cover: Callable[[Subject], Coverage]
+    detects: tuple[str, ...] = ()
+
+
+class ModelSubject:
+    """A model as a whole, before it runs: all that model checks look at."""
+
+    def __init__(self, *, weights: Callable[[], WeightSubject]) -> None:
+        self._weights = weights
+
+    @cached_property
+    def weights(self) -> WeightSubject:
+        """Where the candidate's loader put every weight."""
+        return self._weights()
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model check found."""
+
+    coverage: Coverage
+    findings: list[Finding]
+    weights: list[WeightRow] = []
+
+
+class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One question about the model as a whole, in no case.
+
+    ``needs`` is what the candidate must be capable of; the check is skipped, and says so, where it is not.
+    """
+
+    name: str
+    question: str
+    run: Callable[[ModelSubject], Answer]
+    needs: str = ""
     detects: tuple[str, ...] = ()

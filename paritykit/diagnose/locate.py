@@ -88,11 +88,14 @@ def _marked(finding: Finding, graph: Graph, compared: Mapping[str, bool]) -> Fin
 
 
 def first_divergence(findings: Iterable[Finding]) -> Divergence | None:
-    """The earliest introduced failure over all cases, or the earliest failure where none is known to be introduced."""
+    """The earliest introduced failure over all cases, or the earliest failure where none is known to be introduced.
+
+    What is wrong with the model as a whole, in no case, comes before what it does in one.
+    """
     failing = [f for f in findings if f.verdict == "fail"]
     if not failing:
         return None
-    first = min(failing, key=lambda f: (f.origin == "inherited", f.order))
+    first = min(failing, key=lambda f: (f.origin == "inherited", f.case != "", f.order))
     return Divergence(
         check=first.check, case=first.case, point=first.located or first.point, origin=first.origin, seen_at=first.point
     )

@@ -20,7 +20,8 @@ class Engine(Protocol):
     """An engine, opened once, run many times, closed for good.
 
     ``capabilities`` may hold: ``logits`` (point ``#logits`` for every position), ``decode`` (new tokens after the
-    prompt), ``teacher_forcing`` (feeds ``case.forced``), ``tensor_parallel``.
+    prompt), ``teacher_forcing`` (feeds ``case.forced``), ``tensor_parallel``, ``ledger``: the engine then also has
+    ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank, made while it was opened.
     """
 
     capabilities: frozenset[str]

@@ -14,6 +14,12 @@ import xxhash
 from paritykit.errors import UsageError
 
 CHUNK = 1 << 22
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
+}  # fmt: skip
+"""Names of dtypes in safetensors headers, and elsewhere."""
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -29,15 +35,7 @@ class Checkpoint:
 
         Raises UsageError if there is none, it is not a checkpoint, or one of its safetensors files is damaged.
         """
-        try:
-            path = Path(model).expanduser()
-            there = path.exists()
-        except (OSError, RuntimeError) as error:
-            raise UsageError(f"no such folder: {model} ({error})") from error
-        if not there:
-            path = _download(model)
-        if not path.is_dir():
-            raise UsageError(f"{path} is a file; give the checkpoint's folder")
+        path = find_folder(model)
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a checkpoint: it has no config.json")
         found = cls(path)
@@ -89,14 +87,20 @@ class Checkpoint:
         """The safetensors files, or the ``.bin`` files where there are none, sorted by name."""
         return sorted(self.path.glob("*.safetensors")) or sorted(self.path.glob("*.bin"))
 
-    @cached_property
+    @property
     def tensors(self) -> dict[str, list[int]]:
         """Tensor names to shapes, from the safetensors headers. Raises UsageError for a damaged file."""
-        found: dict[str, list[int]] = {}
-        for file in self.weight_files:
-            if file.suffix == ".safetensors":
-                found.update({name: entry.shape for name, entry in _header(file).items()})
-        return found
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Tensor names to dtype names, from the safetensors headers."""
+        return {name: DTYPES.get(entry.dtype, entry.dtype.lower()) for name, entry in self._entries.items()}
+
+    @cached_property
+    def _entries(self) -> dict[str, _Entry]:
+        files = [f for f in self.weight_files if f.suffix == ".safetensors"]
+        return {name: entry for file in files for name, entry in _header(file).items()}
 
     @cached_property
     def digest(self) -> str:
@@ -110,8 +114,23 @@ class Checkpoint:
         return state.hexdigest()
 
 
+def find_folder(model: str) -> Path:
+    """The folder a user names, or the one a hub id is downloaded to. Raises UsageError if there is none."""
+    try:
+        path = Path(model).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"no such folder: {model} ({error})") from error
+    if not there:
+        path = _download(model)
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file; give the checkpoint's folder")
+    return path
+
+
 class _Entry(msgspec.Struct):
     shape: list[int]
+    dtype: str
     data_offsets: tuple[int, int]
 
 

@@ -14,10 +14,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from paritykit.captures.recorder import Selection
 from paritykit.engines import build_engine
 from paritykit.engines.group import end_group
-from paritykit.engines.messages import Answer, Close, Done, Failed, Open, Order, RunCases, Working, decode_order, encode
+from paritykit.engines.messages import (
+    Answer,
+    Close,
+    Done,
+    Failed,
+    Open,
+    Order,
+    ReadLedger,
+    RunCases,
+    Working,
+    decode_order,
+    encode,
+)
 from paritykit.errors import ParityError
 
 
@@ -69,6 +83,9 @@ class _Host:
             return Done(self._engine.describe(), sorted(self._engine.capabilities))
         if isinstance(order, Close):
             self.close()
+            return Done()
+        if isinstance(order, ReadLedger):
+            Path(order.out).write_bytes(msgspec.json.encode(self._engine.ledger()))
             return Done()
         return self._run(order)
 

@@ -28,6 +28,7 @@ from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import parse_dtype
+from paritykit.engines.features import feature_axes, parameter_names
 from paritykit.engines.reading import FirstTensor
 from paritykit.errors import EngineError, UsageError
 from paritykit.results import Side
@@ -121,8 +122,10 @@ class HFEngine:
     def _facts(self) -> dict[str, Any]:
         """What mapping needs: where transformers put each checkpoint tensor, and modules that mean something else."""
         head = self._model.get_output_embeddings()
+        parameters = parameter_names(self._model, list(self.checkpoint.tensors))
         return {
-            "parameters": parameter_names(self._model, list(self.checkpoint.tensors)),
+            "parameters": parameters,
+            "features": feature_axes(self._model, parameters),
             "meanings": {n: why for n, m in self._model.named_modules() if (why := other_meaning(m))},
             "head": next((n for n, m in self._model.named_modules() if m is head), ""),
         }
@@ -185,20 +188,6 @@ class _Generation:
         if step < case.new_tokens:
             chosen[case.id].append(choice)
         return case.forced[step] if step < len(case.forced) else choice
-
-
-def parameter_names(model: Any, names: list[str]) -> dict[str, str]:
-    """Checkpoint tensor name to parameter name, as transformers renames while loading."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return {n: n for n in names}
-    rules = get_model_conversion_mapping(model)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    prefix, own = model.base_model_prefix, model.state_dict()
-    return {n: rename_source_key(n, renamings, converters, prefix, own)[0] for n in names}
 
 
 @contextmanager

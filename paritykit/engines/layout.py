@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.engines.hf import parameter_names, quiet
+from paritykit.engines.features import feature_axes, parameter_names
+from paritykit.engines.hf import quiet
 from paritykit.ledger.subject import ReferenceLayout
 
 
@@ -25,7 +24,7 @@ def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
     names = list(checkpoint.tensors)
     own = model.state_dict()
     used = {t: p for t, p in parameter_names(model, names).items() if p in own}
-    features = {t: axis for t, p in used.items() if (axis := feature_axis(model, p)) is not None}
+    features = feature_axes(model, used)
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     embedding = _weight_of(model, model.get_input_embeddings(), used)
     head = _weight_of(model, model.get_output_embeddings(), used)
@@ -33,22 +32,6 @@ def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
     return ReferenceLayout(
         parameters=used, features=features, lookups=lookups, tied=tied, embedding=embedding, head=head
     )
-
-
-def feature_axis(model: nn.Module, parameter: str) -> int | None:
-    """The axis of a parameter along which its module's output features run; None where its class does not say."""
-    path, _, name = parameter.rpartition(".")
-    module: Any = model.get_submodule(path)
-    if name == "bias":
-        return 0
-    if isinstance(module, nn.Linear):
-        return 0
-    if isinstance(module, nn.Embedding):
-        return 1
-    if type(module).__name__ == "Conv1D":
-        return 1
-    tensor = getattr(module, name, None)
-    return 0 if isinstance(tensor, torch.Tensor) and tensor.dim() == 1 else None
 
 
 def _weight_of(model: nn.Module, module: nn.Module | None, used: dict[str, str]) -> str:

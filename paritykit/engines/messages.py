@@ -26,6 +26,12 @@ class RunCases(msgspec.Struct, tag=True):
     out: str
 
 
+class ReadLedger(msgspec.Struct, tag=True):
+    """Write the ledger of every rank into file ``out``, as JSON."""
+
+    out: str
+
+
 class Close(msgspec.Struct, tag=True):
     """Close the engine; the process may open another."""
 
@@ -52,7 +58,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Order = Open | RunCases | Close
+Order = Open | RunCases | ReadLedger | Close
 Answer = Done | Working | Failed
 
 encode = msgspec.msgpack.encode

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from paritykit import errors
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
@@ -25,12 +27,14 @@ from paritykit.engines.messages import (
     Failed,
     Open,
     Order,
+    ReadLedger,
     RunCases,
     Working,
     decode_answer,
     encode,
 )
 from paritykit.errors import EngineError, ParityError
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.results import Side
 
 TAIL = 12
@@ -174,6 +178,13 @@ class ProcessEngine:
             for left in out.parent.glob(f".{out.name}.*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
         return Capture.open(out)
+
+    def ledger(self) -> list[RankLedger]:
+        """See ``Engine.ledger``; handed over as a file."""
+        with tempfile.TemporaryDirectory(prefix="paritykit-ledger-") as folder:
+            path = Path(folder) / "ledger.json"
+            self.host.ask(ReadLedger(str(path)))
+            return msgspec.json.decode(path.read_bytes(), type=list[RankLedger])
 
     def describe(self) -> Side:
         """The engine as it really runs; EngineError before ``open``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ class Cells:
             return [()]
         labels = condition.astype(np.int64)
         found = find_boxes(np.zeros_like(labels), labels)
-        return [self._spans(box.spans) for box in found if box.label]
+        return [spans for box in found if box.label for spans in self._spans(box.spans)]
 
     def elements(self, condition: npt.NDArray[np.bool_]) -> int:
         """How many places fulfil ``condition``."""
@@ -47,15 +48,17 @@ class Cells:
         inside = set(span.places()) if abs(span.step) > 1 else range(span.low, span.low + span.count)
         return [i for i, start in enumerate(edges[:-1]) if start in inside]
 
-    def _spans(self, cells: Spans) -> Spans:
-        spans = []
-        for axis, cell in enumerate(cells):
-            edges = self._edges[axis]
-            if cell.step == 1 or cell.count == 1:
-                spans.append(Span(edges[cell.start], edges[cell.last + 1] - edges[cell.start]))
-            else:
-                spans.append(Span(edges[cell.start], cell.count, edges[cell.start + cell.step] - edges[cell.start]))
-        return tuple(spans)
+    def _spans(self, cells: Spans) -> Iterator[Spans]:
+        """A box of cells as boxes of places: more than one where every so many cells are not evenly spaced."""
+        yield from itertools.product(*map(self._runs, self._edges, cells))
+
+    @staticmethod
+    def _runs(edges: list[int], cell: Span) -> list[Span]:
+        if cell.step == 1:
+            return [Span(edges[cell.start], edges[cell.last + 1] - edges[cell.start])]
+        if len(edges) == edges[-1] + 1:
+            return [cell]
+        return [Span(edges[i], edges[i + 1] - edges[i]) for i in cell.places()]
 
 
 def _edges(size: int, spans: list[Span]) -> list[int]:

@@ -11,9 +11,12 @@ from paritykit.provenance.weightmap import show, size
 
 
 def unread(subject: WeightSubject) -> Iterator[Problem]:
-    """Checkpoint elements that landed on no rank."""
+    """Checkpoint elements that landed on no rank. Scattered ones did, but nothing tells which."""
+    scattered = {g.tensor for g in subject.gaps if g.kind == "scattered"}
     for name, (shape, _) in subject.expected.tensors.items():
         handed = name in subject.found.tensors
+        if name in scattered:
+            continue
         if name not in subject.by_tensor:
             how = "was handed to the loader and ignored" if handed else "was not even read by the loader"
             yield Problem(code="unread", name=name, message=f"{name} {how}", elements=size_of(shape))
@@ -23,7 +26,7 @@ def unread(subject: WeightSubject) -> Iterator[Problem]:
         if missing.any():
             count = cells.elements(missing)
             where = boxes_text(cells.where(missing), subject.shape(name))
-            text = f"{name}{where} landed on no rank ({count} elements)" if subject.ranks > 1 else f"{where} not loaded"
+            text = f"{name}{where} {'landed on no rank' if subject.ranks > 1 else 'did not arrive'} ({count} elements)"
             yield Problem(code="unread", name=name, message=text, elements=count)
 
 
@@ -86,8 +89,9 @@ def ties(subject: WeightSubject) -> Iterator[Problem]:
     if layout is None or not layout.embedding:
         return
     homes = {x.parameter for x in subject.by_tensor.get(layout.embedding, [])}
-    shared = [a for home in homes for a in subject.aliases.get(home, [])]
-    own = layout.head and {x.parameter for x in subject.by_tensor.get(layout.head, [])} - homes
+    heads = {x.parameter for x in subject.by_tensor.get(layout.head, [])}
+    shared = [a for home in sorted(homes | heads) for a in subject.aliases.get(home, [])]
+    own = {h for h in heads - homes if h not in subject.aliases}
     if shared and not layout.tied and layout.head in subject.expected.tensors:
         text = f"{shared[0]} shares the memory of the embedding, but the config has tie_word_embeddings false"
         yield Problem(code="tied-wrongly", name=layout.head, message=text, elements=size_of(subject.shape(layout.head)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import msgspec
 
 from paritykit.ledger.problem import Problem, on_rank, size_of
 from paritykit.ledger.problems import find_problems
-from paritykit.ledger.subject import WeightSubject
+from paritykit.ledger.subject import WeightSubject, pattern
 from paritykit.provenance.weightmap import Landing, show, size
 from paritykit.results import Coverage, Finding, Unmatched, Verdict, WeightRow
 
@@ -35,14 +35,21 @@ def judge_weights(subject: WeightSubject) -> Judged:
     names = [*subject.expected.tensors, *(n for n in by_name if n not in subject.expected.tensors)]
     findings = [_finding(subject, n, by_name.get(n, []), order) for order, n in enumerate(names)]
     skipped = [Unmatched(side="reference", point=f.point, reason=f.message) for f in findings if f.verdict == "skip"]
-    skipped += [
-        Unmatched(side="candidate", point=g.parameter, reason="a buffer made when the model is built, not loaded")
-        for g in subject.gaps
-        if g.kind == "unwritten" and g.rank == 0 and subject.parameters[g.parameter, 0].buffer
-    ]
+    skipped += _buffers(subject)
     compared = sum(f.verdict != "skip" for f in findings)
     coverage = Coverage(check=CHECK, points=len(names), compared=compared, skipped=skipped)
     return Judged(coverage=coverage, findings=findings, rows=weight_rows(subject, findings))
+
+
+def _buffers(subject: WeightSubject) -> list[Unmatched]:
+    """Buffers that no tensor fills, those of all layers together."""
+    alike = Counter(
+        pattern(g.parameter)
+        for g in subject.gaps
+        if g.kind == "unwritten" and g.rank == 0 and subject.parameters[g.parameter, 0].buffer
+    )
+    reason = "made when the model is built, not loaded"
+    return [Unmatched(side="candidate", point=n, reason=f"{count} buffers, {reason}") for n, count in alike.items()]
 
 
 def _untraced(subject: WeightSubject) -> Judged:
@@ -62,7 +69,7 @@ def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: 
     real = [p for p in problems if not allowed_reason(subject, p)]
     verdict: Verdict = "fail" if real else "skip" if reason and not landings else "pass"
     more = f" (and {len(real) - 1} more)" if len(real) > 1 else ""
-    shape = subject.expected.tensors[name][0] if name in subject.expected.tensors else ()
+    shape, dtype = subject.expected.tensors.get(name, ((), ""))
     dtypes = sorted({subject.parameters[x.parameter, x.rank].dtype for x in landings})
     return Finding(
         check=CHECK,
@@ -76,11 +83,11 @@ def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: 
         origin="introduced" if real else None,
         order=order,
         message=real[0].message + more if real else reason,
-        candidate_point=", ".join(dict.fromkeys(x.parameter for x in landings)) or (name if not shape else ""),
+        candidate_point=", ".join(dict.fromkeys(x.parameter for x in landings)) or ("" if dtype else name),
         mapping="; ".join(landing_text(subject, x) for x in landings[:8]),
         metrics={p.code: float(p.elements) for p in real},
         shape=list(shape),
-        dtypes=(subject.expected.tensors[name][1], dtypes[0]) if shape and dtypes else None,
+        dtypes=(dtype, dtypes[0]) if dtype and dtypes else None,
     )
 
 

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from paritykit.ledger.problem import Problem, on_rank, size_of
-from paritykit.ledger.subject import WeightSubject
+from paritykit.ledger.subject import WeightSubject, pattern
 from paritykit.provenance.weightmap import Landing, size
+
+OFFSET = re.compile(r"[+-]\d")
+"""How a change that adds a number begins."""
 
 
 def wrong_transpose(subject: WeightSubject) -> Iterator[Problem]:
-    """Weights whose output features lie along another axis than those of the engine's other weights."""
+    """Square weights whose output features lie along another axis than those of the engine's other weights.
+
+    One that is not square would not fit if it were turned by mistake, so those tell the usual axis.
+    """
     layout = subject.expected.reference
     if layout is None:
         return
-    found: list[tuple[Landing, int, bool]] = []
+    votes: dict[int, set[tuple[str, int]]] = defaultdict(set)
+    square: dict[int, list[tuple[Landing, int]]] = defaultdict(list)
     for name, axis in layout.features.items():
-        shape = subject.expected.tensors.get(name, ((), ""))[0]
         for x in subject.by_tensor.get(name, []):
-            if len(shape) == 2 and axis in x.axes and name not in layout.lookups:
-                square = len({*subject.parameters[x.parameter, x.rank].shape}) == 1 or shape[0] == shape[1]
-                found.append((x, x.axes.index(axis), square))
-    sure = Counter(axis for _, axis, square in found if not square) or Counter(axis for _, axis, _ in found)
-    if not sure:
-        return
-    usual = sure.most_common(1)[0][0]
-    seen = set()
-    for x, axis, _ in found:
-        if axis != usual and x.tensor not in seen:
-            seen.add(x.tensor)
+            shape, held = subject.shape(name), subject.parameters[x.parameter, x.rank].shape
+            running = [a for a in x.axes if a >= 0]
+            if not len(shape) == len(running) == 2 or name in layout.lookups:
+                continue
+            if shape[0] == shape[1] or len({*held[-2:]}) == 1:
+                square[len(held)].append((x, running.index(axis)))
+            else:
+                votes[len(held)].add((pattern(x.parameter), running.index(axis)))
+    for dim, found in square.items():
+        usual = _usual([axis for _, axis in votes[dim]] or [axis for _, axis in found])
+        for x in {x.tensor: x for x, axis in found if axis != usual}.values():
             text = f"{x.tensor} is transposed in {x.parameter}, unlike the engine's other weights"
             yield Problem(
                 code="wrong-transpose", name=x.tensor, message=text, elements=size_of(subject.shape(x.tensor))
             )
+
+
+def _usual(axes: list[int]) -> int:
+    return Counter(axes).most_common(1)[0][0]
 
 
 def changed(subject: WeightSubject) -> Iterator[Problem]:
@@ -41,7 +52,7 @@ def changed(subject: WeightSubject) -> Iterator[Problem]:
     for name, landings in subject.by_tensor.items():
         for x in landings:
             if x.change:
-                code = "offset" if x.change in ("+1", "-1") else "scale" if x.change.startswith("*") else "changed"
+                code = "offset" if OFFSET.match(x.change) else "scale" if x.change.startswith("*") else "changed"
                 text = f"{name} arrives in {x.parameter} as {described(x.change)}{on_rank(subject, x.rank)}"
                 yield Problem(code=code, name=name, message=text, elements=size(x.source), rank=x.rank)
                 break
@@ -53,7 +64,7 @@ def described(change: str) -> str:
     >>> described("+1"), described("*2"), described("-exp(x)")
     ('w + 1', 'w * 2', '-exp(w)')
     """
-    if change[0] in "+-" and change[1:].isdecimal():
+    if OFFSET.match(change):
         return f"w {change[0]} {change[1:]}"
     return f"w * {change[1:]}" if change.startswith("*") else change.replace("x", "w").replace("ewp", "exp")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, on_rank, size_of
@@ -12,36 +13,38 @@ from paritykit.provenance.weightmap import Landing, Spans, show, size
 
 
 def wrong_order(subject: WeightSubject) -> Iterator[Problem]:
-    """Rows or columns of a tensor that do not ascend in their parameter, within each of its fused parts."""
+    """Rows or columns of a tensor that do not ascend in their parameter, rank after rank, within each fused part."""
     for name, landings in subject.by_tensor.items():
-        groups: dict[tuple[str, int, int | None], list[Landing]] = defaultdict(list)
+        groups: dict[tuple[str, int | None], dict[Spans, Landing]] = defaultdict(dict)
         for x in landings:
-            groups[x.parameter, x.rank, subject.part_of(x)].append(x)
-        for (parameter, rank, _), group in groups.items():
-            moved = _moved(group)
+            groups[x.parameter, subject.part_of(x)].setdefault(x.source, x)
+        for (parameter, _), group in groups.items():
+            moved = _moved(list(group.values()))
             if moved:
-                text = f"{moved} in {parameter}{on_rank(subject, rank)}"
-                count = sum(size(x.source) for x in group)
-                yield Problem(code="wrong-order", name=name, message=f"{name}: {text}", elements=count, rank=rank)
+                where, rank = moved
+                count = sum(size(x.source) for x in group.values())
+                text = f"{name}: {where} in {parameter}{on_rank(subject, rank)}"
+                yield Problem(code="wrong-order", name=name, message=text, elements=count, rank=rank)
                 break
 
 
-def _moved(group: list[Landing]) -> str:
+def _moved(group: list[Landing]) -> tuple[str, int] | None:
+    """What is out of order, and on which rank."""
     for x in group:
         for k, axis in enumerate(x.axes):
             if axis >= 0 and x.source[axis].step * x.target[k].step < 0:
-                return f"axis {axis} runs backwards"
+                return f"axis {axis} runs backwards", x.rank
+    ordered = sorted(group, key=lambda x: (x.rank, [s.low for s in x.target]))
     for axis in range(len(group[0].source)):
-        ordered = sorted(group, key=lambda x: [s.low for s in x.target])
-        starts = [x.source[axis].low for x in ordered]
-        if (
-            starts != sorted(starts)
-            and len({tuple(s.low for i, s in enumerate(x.source) if i != axis) for x in group}) == 1
-        ):
-            bad = next(i for i in range(1, len(starts)) if starts[i] < starts[i - 1])
-            was = ordered[bad].source
-            return f"axis {axis} is out of order: {show(was)} comes after {show(ordered[bad - 1].source)}"
-    return ""
+        if len({tuple(s for i, s in enumerate(x.source) if i != axis) for x in group}) > 1:
+            continue
+        for one, other in pairwise(ordered):
+            a, b = one.source[axis], other.source[axis]
+            if b.low < a.low:
+                return f"axis {axis} is out of order: {show(other.source)} comes after {show(one.source)}", other.rank
+            if b.low < max(a.start, a.last):
+                return f"axis {axis} is interleaved: {show(other.source)} comes after {show(one.source)}", other.rank
+    return None
 
 
 def wrong_rank(subject: WeightSubject) -> Iterator[Problem]:
@@ -61,47 +64,45 @@ def wrong_rank(subject: WeightSubject) -> Iterator[Problem]:
                 yield Problem(code="wrong-slice", name=name, message=text, elements=size_of(subject.shape(name)))
         missing = Cells((x.source for x in landings), subject.shape(name)).counts == 0
         if missing.any():
-            twice = [r for r in range(1, subject.ranks) if _same_shard(landings, r)]
-            if twice:
-                text = f"rank {twice[0]} holds the same shard of {name} as rank {twice[0] - 1}"
-                yield Problem(code="wrong-slice", name=name, message=text, rank=twice[0])
-
-
-def _same_shard(landings: list[Landing], rank: int) -> bool:
-    def shard(r: int) -> list[Spans]:
-        return sorted((x.source for x in landings if x.rank == r), key=lambda b: [s.low for s in b])
-
-    return bool(shard(rank)) and shard(rank) == shard(rank - 1)
+            shards = [{x.source for x in landings if x.rank == r} for r in range(subject.ranks)]
+            for rank, own in enumerate(shards):
+                replicas = max(1, sum(map(size, own)) * subject.ranks // size_of(subject.shape(name)))
+                if own and rank >= replicas and own == shards[rank - replicas]:
+                    text = f"rank {rank} holds the same shard of {name} as rank {rank - replicas}"
+                    yield Problem(code="wrong-slice", name=name, message=text, rank=rank)
+                    break
 
 
 def wrong_index(subject: WeightSubject) -> Iterator[Problem]:
     """A layer's or an expert's weights in another's place."""
+    alike = _numbered_alike(subject)
     for (parameter, rank), landings in subject.by_parameter.items():
         own = numbers(parameter)
-        stacked: dict[str, list[Landing]] = defaultdict(list)
+        stacked: dict[str, dict[str, Landing]] = defaultdict(dict)
         for x in landings:
-            stacked[pattern(x.tensor)].append(x)
-        for group in stacked.values():
-            names = {x.tensor for x in group}
-            if len(names) > 1:
-                yield from _stacked(subject, parameter, rank, group)
-            elif own and numbers(group[0].tensor)[: len(own)] != own and pattern(parameter).count("*") == len(own):
-                text = f"{group[0].tensor} landed in {parameter}{on_rank(subject, rank)}"
-                if _siblings_agree(subject, parameter, group[0].tensor):
-                    yield Problem(code="wrong-slice", name=group[0].tensor, message=text, rank=rank)
+            stacked[pattern(x.tensor)].setdefault(x.tensor, x)
+        for kind, group in stacked.items():
+            if len(group) > 1:
+                yield from _stacked(subject, parameter, rank, list(group.values()))
+            for name in group:
+                if numbers(name)[: len(own)] != own and (pattern(parameter), kind) in alike:
+                    text = f"{name} landed in {parameter}{on_rank(subject, rank)}"
+                    yield Problem(code="wrong-slice", name=name, message=text, rank=rank)
 
 
-def _siblings_agree(subject: WeightSubject, parameter: str, tensor: str) -> bool:
-    """Whether in most parameters of this kind the tensor's numbers are the parameter's own."""
-    kind, other = pattern(parameter), pattern(tensor)
-    votes = Counter(
-        numbers(p) == numbers(x.tensor)[: len(numbers(p))]
-        for (p, _), landings in subject.by_parameter.items()
-        if pattern(p) == kind
-        for x in landings
-        if pattern(x.tensor) == other
-    )
-    return votes[True] > votes[False]
+def _numbered_alike(subject: WeightSubject) -> set[tuple[str, str]]:
+    """Kinds of parameter and tensor that should have one number: most do, or they are in no order at all."""
+    seen: dict[tuple[str, str], set[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
+    for (parameter, _), landings in subject.by_parameter.items():
+        own = tuple(numbers(parameter))
+        for x in landings:
+            seen[pattern(parameter), pattern(x.tensor)].add((own, tuple(numbers(x.tensor)[: len(own)])))
+    return {
+        kinds
+        for kinds, pairs in seen.items()
+        if sum(a == b for a, b in pairs) * 2 > len(pairs)
+        or [b for _, b in sorted(pairs)] != sorted(b for _, b in pairs)
+    }
 
 
 def _stacked(subject: WeightSubject, parameter: str, rank: int, group: list[Landing]) -> Iterator[Problem]:
@@ -155,8 +156,7 @@ def layers_disagree(subject: WeightSubject) -> Iterator[Problem]:
         for parameter, layout in members.items():
             if frozenset(layout) != usual:
                 other = next(p for p, v in members.items() if frozenset(v) == usual)
-                name = subject.by_parameter[
-                    parameter, next(iter({r for p, r in subject.by_parameter if p == parameter}))
-                ][0].tensor
+                name, *more = [x.tensor for x in subject.found.landings if x.parameter == parameter]
+                names = (parameter, name, *more)
                 text = f"{parameter} is filled otherwise than {other} and {votes - 1} more like it"
-                yield Problem(code="layers-disagree", name=name, message=text)
+                yield Problem(code="layers-disagree", name=name, message=text, names=names)

@@ -13,13 +13,17 @@ from paritykit.provenance.weightmap import Spans, show
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is wrong: ``code`` names its kind, ``elements`` says how many weights it touches."""
+    """One thing that is wrong: ``code`` names its kind, ``elements`` says how many weights it touches.
+
+    ``names`` are other names it is about.
+    """
 
     code: str
     name: str
     message: str
     elements: int = 0
     rank: int | None = None
+    names: tuple[str, ...] = ()
 
 
 Rule: TypeAlias = Callable[[WeightSubject], Iterator[Problem]]

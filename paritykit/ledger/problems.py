@@ -9,9 +9,9 @@ from paritykit.ledger.problem import Problem, Rule
 from paritykit.ledger.subject import WeightSubject
 
 RULES: tuple[Rule, ...] = (
+    wrong_rank,
     unread,
     unwritten,
-    wrong_rank,
     wrong_source,
     ties,
     written_twice,
@@ -28,10 +28,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def find_problems(subject: WeightSubject) -> list[Problem]:
-    """All problems. What is only a consequence of another one of the same tensor is left out."""
+    """All problems. That a layer is unlike the others is left out where something else is told of it."""
     found: list[Problem] = []
     for rule in RULES:
-        told = {p.name for p in found}
-        fresh = list(rule(subject))
-        found += [p for p in fresh if rule is not layers_disagree or p.name not in told]
+        told = " ".join(f"{p.name} {p.message}" for p in found) if rule is layers_disagree else ""
+        found += [p for p in rule(subject) if not told or not any(n in told for n in p.names)]
     return found

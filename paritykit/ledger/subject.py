@@ -9,7 +9,16 @@ from functools import cached_property
 import msgspec
 
 from paritykit.mapping.rules import Part
-from paritykit.provenance.weightmap import Arrived, Gap, Landing, ParameterInfo, RankLedger, WeightMap, merge_ranks
+from paritykit.provenance.weightmap import (
+    Arrived,
+    Gap,
+    Landing,
+    ParameterInfo,
+    RankLedger,
+    Span,
+    WeightMap,
+    merge_ranks,
+)
 
 NUMBER = re.compile(r"(?<![A-Za-z_])\d+(?![A-Za-z_])")
 
@@ -121,17 +130,26 @@ class WeightSubject:
     def part_of(self, landing: Landing) -> int | None:
         """The part of a fused parameter that a landing lies in; None where it is not fused or spans several parts."""
         parts = self.parts(landing.parameter)
+        along = self._along(landing, sum(p.local for p in parts)) if parts and landing.target else Span(0, 0)
         start = 0
         for number, part in enumerate(parts):
             stop = start + part.local
-            first = landing.target[0] if landing.target else None
-            if first is not None and start <= first.low and max(first.start, first.last) < stop:
+            if start <= along.low and max(along.start, along.last) < stop:
                 return number
             start = stop
         return None
 
+    def _along(self, landing: Landing, total: int) -> Span:
+        """Where a landing lies along the parameter's axis of ``total`` places, or that of the output features."""
+        shape = self.parameters[landing.parameter, landing.rank].shape
+        fits = [k for k, n in enumerate(shape) if n == total]
+        if len(fits) == 1:
+            return landing.target[fits[0]]
+        axis = self.expected.reference.features.get(landing.tensor, 0) if self.expected.reference else 0
+        return landing.target[landing.axes.index(axis) if axis in landing.axes else 0]
+
     def parts(self, parameter: str) -> list[Part]:
-        """The parts of a fused parameter, in order along its first axis; empty where it has none."""
+        """The parts of a fused parameter, in order along its axis of that size; empty where it has none."""
         return self.expected.fused.get(parameter.rpartition(".")[0], [])
 
 

@@ -7,8 +7,8 @@ import math
 import msgspec
 
 from paritykit.captures.manifest import Manifest, Point, point_key
-from paritykit.mapping.declared import ModuleMap, Place, longest_prefix
-from paritykit.mapping.rules import Ignored, Rule, fused_blocks, sized_blocks
+from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix
+from paritykit.mapping.rules import Block, Ignored, Rule, fused_blocks, sized_blocks
 from paritykit.mapping.user import UserRule, expand
 from paritykit.results import Unmatched
 
@@ -22,16 +22,20 @@ class Misfit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mapping(msgspec.Struct, kw_only=True):
-    """Rules in the reference's execution order; what was left out with a reason; what nobody could explain."""
+    """Rules in the reference's execution order; what was left out with a reason; what nobody could explain.
+
+    ``disagreements``: rules, declared or the user's, that say another place than the weights do.
+    """
 
     rules: list[Rule]
     skipped: list[Unmatched]
     unmatched: list[Unmatched]
     misfits: list[Misfit] = []
+    disagreements: list[Disagreement] = []
 
 
 def build_mapping(reference: Manifest, candidate: Manifest, *, user: list[UserRule] | None = None) -> Mapping:
-    """Match the points of two captures. The user's rules come first, then the declared ones, then equal names.
+    """Match the points of two captures: the user's rules first, then declared ones, provenance, and equal names.
 
     Raises UsageError for a user rule that matches nothing.
     """
@@ -89,6 +93,7 @@ class _Builder:
             skipped=[u for u in left if u.reason],
             unmatched=[u for u in left if not u.reason],
             misfits=misfits,
+            disagreements=[d for d in self._modules.disagreements if d.reference not in self._user],
         )
 
     def _explain(self, point: Point, rules: dict[str, Rule]) -> str:
@@ -145,7 +150,10 @@ class _Builder:
     def _sized(self, point: Point, place: Place, key: str) -> Rule | Misfit:
         wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)
         parts = self._modules.fused.get(place.module)
-        if parts and point.port == "":
+        if place.blocks and point.port == "" and sum(b.length for b in place.blocks) == wanted:
+            whole = place.blocks == (Block(0, 0, wanted),) and local == wanted
+            fitting: tuple[Block, ...] | None = () if whole else place.blocks
+        elif parts and point.port == "":
             blocks = fused_blocks(parts, ranks=self._ranks, wanted=place.part)
             whole = len(blocks) == 1 and blocks[0].length == local == wanted
             fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None

@@ -1,7 +1,9 @@
-"""Rules from what the engine declares: its loading rules for checkpoint names, fused parts, and equal names.
+"""Which candidate module stands for a reference module: by its weights, by what the engine declares, by name.
 
-The checkpoint is the common tongue: transformers says which of its modules takes a checkpoint tensor, the candidate
-says the same of its own. Containers follow their descendants; modules without weights follow their parents.
+The checkpoint is the common tongue: transformers says which of its modules takes a checkpoint tensor, and where that
+tensor landed in the candidate says which of its modules is the same. Rules that the engine declares are held against
+it, and win where the two disagree, which is told. Containers follow their descendants; modules without weights follow
+their parents.
 """
 
 from __future__ import annotations
@@ -11,17 +13,32 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from paritykit.captures.manifest import Manifest
-from paritykit.mapping.rules import Part
+from paritykit.mapping.landed import SOURCE, Home, find_homes, landings_of, merge_blocks
+from paritykit.mapping.rules import Block, Part, fused_blocks
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
+EXPLICIT = ("declared loading rules", "packed_modules_mapping")
+"""Sources that are somebody's statement, and not a guess from equal names."""
 
 
 class Place(NamedTuple):
-    """A candidate module, the fused part of it that is meant (None: all of it), and who said so."""
+    """A candidate module, the fused part of it that is meant (None: all of it), and who said so.
+
+    ``blocks`` are its output columns where its weights say so.
+    """
 
     module: str
     part: int | None
     source: str
+    blocks: tuple[Block, ...] | None = None
+
+
+class Disagreement(NamedTuple):
+    """A declared rule, and where the weights of that module really are."""
+
+    reference: str
+    declared: str
+    landed: str
 
 
 class ModuleMap:
@@ -34,7 +51,10 @@ class ModuleMap:
         self.fused = {m: [Part(**p) for p in parts] for m, parts in candidate.facts.get("fused", {}).items()}
         self._places: dict[str, Place] = {}
         self.weighted = self._weighted(candidate.facts.get("names", {}))
+        self.disagreements: list[Disagreement] = []
+        self._ranks = 1 + max((p.rank for p in candidate.points), default=0)
         self._from_names(reference.facts.get("parameters", {}), candidate.facts.get("names", {}))
+        self._from_weights(reference.facts, candidate.facts)
         head, other = reference.facts.get("head"), candidate.facts.get("head")
         if head and other:
             self._places[head] = Place(other, None, "output head")
@@ -70,11 +90,43 @@ class ModuleMap:
                 same = held is None or held.part == place.part
                 self._places[module] = place if same else place._replace(part=None)
 
+    def _from_weights(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        """Where the weights landed, over what is only a guess from names; beside what is declared."""
+        landings = landings_of(theirs)
+        known = set(self._reference)
+        parameters = ours.get("parameters", {})
+        homes = find_homes(
+            landings,
+            parameters=parameters,
+            features=ours.get("features", {}),
+            owner={p: m for p in parameters.values() if (m := longest_prefix(p, known))},
+            home={p: m for x in landings if (m := longest_prefix(p := x.parameter, self._modules))},
+        )
+        for module, home in homes.items():
+            held = self._places.get(module)
+            if held is not None and held.source in EXPLICIT and not self._agree(held, home):
+                declared = _told(held.module, self._declared_blocks(held))
+                self.disagreements.append(Disagreement(module, declared, _told(home.module, home.blocks)))
+            else:
+                part = held.part if held is not None and held.module == home.module else None
+                self._places[module] = Place(home.module, part, SOURCE, home.blocks)
+
+    def _agree(self, place: Place, home: Home) -> bool:
+        declared = self._declared_blocks(place)
+        same = home.blocks is None or declared is None or home.blocks == declared
+        return place.module == home.module and same
+
+    def _declared_blocks(self, place: Place) -> tuple[Block, ...] | None:
+        parts = self.fused.get(place.module)
+        if not parts or (place.part is not None and place.part >= len(parts)):
+            return None
+        return merge_blocks(fused_blocks(parts, ranks=self._ranks, wanted=place.part))
+
     def _place(self, parameter: str, shard: str) -> Place | None:
         path = parameter.rpartition(".")[0]
         module = longest_prefix(parameter, self._modules)
         if module == path and shard:
-            part = SHARDS.get(shard, int(shard) if shard.isdecimal() else None)
+            part = part_number(shard)
             return None if part is None else Place(path, part, "declared loading rules")
         parent, _, last = path.rpartition(".")
         for packed, parts in self._packed.items():
@@ -101,6 +153,25 @@ class ModuleMap:
         path = f"{above.module}.{last}".lstrip(".") if above else module
         found = next((p for p in (path, module) if p in self._modules), None)
         return None if found is None else Place(found, None, "equal name" if found == module else "its parent")
+
+
+def part_number(shard: str) -> int | None:
+    """The number of a fused part that a shard id means; None for none, or one that is no number.
+
+    >>> part_number("k"), part_number("1"), part_number("")
+    (1, 1, None)
+    """
+    return SHARDS.get(shard, int(shard) if shard.isdecimal() else None)
+
+
+def _told(module: str, blocks: tuple[Block, ...] | None) -> str:
+    """A place in words.
+
+    >>> _told("qkv_proj", (Block(0, 0, 8),))
+    'qkv_proj columns 0:8'
+    """
+    columns = [f"{f'rank {b.rank} ' if b.rank else ''}columns {b.start}:{b.start + b.length}" for b in blocks or ()]
+    return " ".join([module, ", ".join(columns)]).strip()
 
 
 def longest_prefix(path: str, known: set[str]) -> str | None:

@@ -76,7 +76,7 @@ def sized_blocks(*, wanted: int, local: int, ranks: int) -> tuple[Block, ...] | 
     """
     if local == wanted:
         return ()
-    if local and wanted % local == 0 and (local * ranks) % wanted == 0 and ranks > 1:
+    if wanted and local and wanted % local == 0 and (local * ranks) % wanted == 0 and ranks > 1:
         step = local * ranks // wanted
         return tuple(Block(rank, 0, local) for rank in range(0, ranks, step))
     return None

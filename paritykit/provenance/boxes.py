@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,8 +12,6 @@ import numpy.typing as npt
 from paritykit.provenance.weightmap import Span, Spans
 
 Ints = npt.NDArray[np.int64]
-FINE = 4
-"""Segments shorter than this on average are worth a look for an interleaving."""
 PERIODS = range(2, 129)
 MOST = 4096
 """More boxes along one axis than this are no layout: they are given as one, scattered."""
@@ -48,16 +47,19 @@ def _split(a: Ints, labels: Ints, spans: Spans) -> Iterator[Box]:
             yield _box(a, labels, spans)
             return
         axis = int(np.argmax(a.shape))
-        needed = {axis: [(i, i + 1) for i in range(a.shape[axis])]}
+        for i in range(a.shape[axis]):
+            yield from _piece(a, labels, spans, axis, slice(i, i + 1))
+        return
     axis, segments = min(needed.items(), key=lambda item: len(item[1]))
-    period = _period(a, labels, axis) if len(segments) * FINE > a.shape[axis] else 0
-    if period:
+    period = _period(a, labels, axis)
+    if 0 < period < len(segments):
         for first in range(period):
             yield from _piece(a, labels, spans, axis, slice(first, None, period))
-    elif len(segments) > MOST:
-        for label in np.unique(labels):
-            yield Box(spans, int(label), int(a[labels == label].min()), (0,) * a.ndim, regular=False)
+    elif len(segments) > MOST and (labels == labels[(0,) * a.ndim]).all():
+        yield _box(a, labels, spans)._replace(regular=False)
     else:
+        if len(segments) > MOST:
+            axis, segments = next((k, found) for k in range(a.ndim) if len(found := _blocks(labels, k)) > 1)
         for start, stop in segments:
             yield from _piece(a, labels, spans, axis, slice(start, stop))
 
@@ -99,18 +101,31 @@ def _runs(joined: list[bool], steady: list[bool]) -> list[tuple[int, int]]:
     return found
 
 
+def _blocks(labels: Ints, axis: int) -> list[tuple[int, int]]:
+    """Runs along ``axis`` in which the label stays, as (start, stop)."""
+    others = tuple(k for k in range(labels.ndim) if k != axis)
+    cuts = np.flatnonzero((np.diff(labels, axis=axis) != 0).any(axis=others)) + 1
+    return list(itertools.pairwise([0, *cuts.tolist(), labels.shape[axis]]))
+
+
 def _period(a: Ints, labels: Ints, axis: int) -> int:
-    """The interleaving of ``a`` along ``axis``: every so many places the address grows steadily. 0 for none."""
+    """The interleaving of ``a`` along ``axis``: every so many places the address grows steadily. 0 for none.
+
+    At least three times, since any two places are evenly spaced. One line is looked at before the whole.
+    """
     a, labels = np.moveaxis(a, axis, 0), np.moveaxis(labels, axis, 0)
+    first = (slice(None), *[slice(1)] * (a.ndim - 1))
     for period in PERIODS:
-        if 2 * period > len(a):
+        if 3 * period > len(a):
             return 0
-        if not (labels[period:] == labels[:-period]).all():
-            continue
-        step = a[period:] - a[:-period]
-        if (step[period:] == step[:-period]).all():
+        if _steady(a[first], labels[first], period) and _steady(a, labels, period):
             return period
     return 0
+
+
+def _steady(a: Ints, labels: Ints, period: int) -> bool:
+    step = a[period:] - a[:-period]
+    return bool((labels[period:] == labels[:-period]).all() and (step[period:] == step[:-period]).all())
 
 
 def _strides(a: Ints) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -41,18 +42,12 @@ def forward(change: str) -> Function:
     >>> forward("+1")(torch.tensor([1.0]))
     tensor([2.])
     """
-    known: dict[str, Function] = {
-        "": lambda x: x,
-        "+1": lambda x: x + 1,
-        "-1": lambda x: x - 1,
-        "negated": lambda x: -x,
-        "*2": lambda x: x * 2,
-        "*0.5": lambda x: x * 0.5,
-        **FUNCTIONS,
-    }
+    known: dict[str, Function] = {"": lambda x: x, "negated": lambda x: -x, **FUNCTIONS}
     if change in known:
         return known[change]
-    factor, _, offset = change.removeprefix("*").partition("+")
+    if change[0] not in "*+-":
+        raise KeyError(change)
+    factor, _, offset = change[1:].partition(" + ") if change[0] == "*" else ("1", "", change)
     return lambda x: x * float(factor) + float(offset or 0)
 
 
@@ -75,8 +70,6 @@ def explain_change(found: WeightMap, sources: Sequence[Source], probe: dict[str,
 
 def _explained(gap: Gap, candidates: Sequence[Source], probe: dict[str, torch.Tensor]) -> Landing | None:
     target = probe[gap.parameter][tuple(slice(s.start, s.last + 1, s.step) for s in gap.target)]
-    if any(s.step < 0 for s in gap.target):
-        return None
     for candidate in candidates:
         for source, axes in _slices(candidate.shape, tuple(target.shape)):
             box = probe_values(candidate)[tuple(slice(s.start, s.start + s.count) for s in source)].reshape(
@@ -117,14 +110,20 @@ def name_change(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -
     for name, function in FUNCTIONS.items():
         if torch.allclose(function(before), after, rtol=rtol, atol=rtol):
             return name
-    x, y = before.reshape(-1), after.reshape(-1)
-    spread = (x - x.mean()).square().sum()
-    if not spread:
+    return _affine_change(before.reshape(-1), after.reshape(-1), rtol)
+
+
+def _affine_change(x: torch.Tensor, y: torch.Tensor, rtol: float) -> str:
+    """The factor and offset of a straight line through at least four points, empty where they lie on none."""
+    spread, largest = (x - x.mean()).square().sum(), float(y.abs().max())
+    if len(x) < 4 or not spread:
         return ""
     factor = float(((x - x.mean()) * (y - y.mean())).sum() / spread)
     offset = float(y.mean() - factor * x.mean())
-    if not torch.allclose(factor * x + offset, y, rtol=rtol, atol=rtol * float(y.abs().max())):
+    straight = torch.allclose(factor * x + offset, y, rtol=rtol, atol=rtol * largest)
+    if not straight or abs(factor) < rtol * largest:
         return ""
-    if abs(factor) < rtol:
-        return ""
-    return f"*{factor:.6g}" if abs(offset) < rtol * float(y.abs().max()) * 4 else f"*{factor:.6g}+{offset:.6g}"
+    digits = -math.floor(math.log10(rtol / 4))
+    if abs(offset) < rtol * largest * 4:
+        return f"*{factor:.{digits}g}"
+    return f"{offset:+.{digits}g}" if abs(factor - 1) < rtol / 4 else f"*{factor:.{digits}g} + {offset:.{digits}g}"

@@ -20,6 +20,8 @@ WIDTH = 44
 """Bits of a code: room for 2^26 addresses with a chance of 4e-6 that a changed element reads as an address."""
 FACTOR = 0x9E3779B97F5
 """Odd, so that multiplying by it modulo a power of two has an inverse."""
+OFFSET = 0x2545F4914F6
+"""Without it, the code of twice an address would often be twice its code, and sums and halves alike."""
 BITS = {
     torch.float64: 22,
     torch.float32: 22,
@@ -64,13 +66,13 @@ class Coding(NamedTuple):
     def _mix(self, x: torch.Tensor) -> torch.Tensor:
         half, mask = (self.width + 1) // 2, (1 << self.width) - 1
         x = x ^ (x >> half)
-        x = (x * FACTOR) & mask
+        x = (x * FACTOR + OFFSET) & mask
         return x ^ (x >> half)
 
     def _unmix(self, x: torch.Tensor) -> torch.Tensor:
         half, mask = (self.width + 1) // 2, (1 << self.width) - 1
         x = x ^ (x >> half)
-        x = (x * pow(FACTOR, -1, 1 << self.width)) & mask
+        x = ((x - OFFSET) * pow(FACTOR, -1, 1 << self.width)) & mask
         return x ^ (x >> half)
 
 

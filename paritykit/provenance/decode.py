@@ -28,11 +28,10 @@ class Readings:
 
 def add_reading(reading: Readings, tensor: torch.Tensor) -> None:
     """Keep the digits of one pass. Values that are no digit are kept as they are, to be explained."""
+    values = tensor.to(torch.float64, copy=True)
     if tensor.is_floating_point():
-        values = tensor.to(torch.float64)
         poisoned = values.isnan()
     else:
-        values = tensor.to(torch.float64)
         poison_value = torch.empty(1, dtype=tensor.dtype)
         poison(poison_value)
         poisoned = tensor == poison_value
@@ -44,7 +43,7 @@ def poison(tensor: torch.Tensor) -> None:
     """Fill with what no loader writes: NaN, or the lowest integer."""
     if tensor.is_floating_point():
         tensor.detach().fill_(float("nan"))
-    elif tensor.dtype != torch.bool:
+    else:
         tensor.detach().fill_(torch.iinfo(tensor.dtype).min or torch.iinfo(tensor.dtype).max)
 
 
@@ -122,11 +121,11 @@ def _addresses(
 
 
 def _constant(labels: torch.Tensor, reading: Readings) -> torch.Tensor:
-    """Where the same finite number was found after every pass, and it is nobody's address."""
+    """Where the same number was found after every pass, and it is nobody's address."""
     assert reading.probe is not None
     all_ = [r.reshape(-1) for r in (*reading.raw, reading.probe)]
     same = torch.stack([r == all_[0] for r in all_[1:]]).all(0)
-    return (labels == UNKNOWN) & same & all_[0].isfinite()
+    return (labels == UNKNOWN) & same
 
 
 def _digit(values: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,6 @@ def list_sources(weights: Iterable[tuple[str, torch.Tensor]]) -> list[Source]:
 
 
 def probe_values(source: Source) -> torch.Tensor:
-    """Numbers between 0.25 and 1.75 that depend on the address alone."""
-    addresses = torch.arange(source.start, source.start + source.size, dtype=torch.float64)
-    wave = (addresses * 0.6180339887498949) % 1.0
-    return (0.25 + 1.5 * wave).reshape(source.shape).to(source.dtype)
+    """Random numbers between 0.25 and 1.75, the same at each call and others for each source."""
+    numbers = torch.rand(source.shape, generator=torch.Generator().manual_seed(source.start), dtype=torch.float64)
+    return (0.25 + 1.5 * numbers).to(source.dtype)

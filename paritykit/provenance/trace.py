@@ -42,7 +42,7 @@ def trace(
     live = {i.name: parameters[i.name] for i in infos if not i.same_as}
     kept = {n: p.detach().clone() for n, p in live.items()} if restore else {}
     sources = list_sources(weights())
-    coding = coding_for({s.dtype for s in sources} | {p.dtype for p in live.values()})
+    coding = coding_for(({s.dtype for s in sources} | {p.dtype for p in live.values()}) - {torch.bool})
     try:
         readings = _run_passes(live, sources, coding, weights, load)
         probe = _probe(live, sources, weights, load)
@@ -59,11 +59,11 @@ def trace(
 
 
 def describe(parameters: Mapping[str, torch.Tensor], rank: int) -> list[ParameterInfo]:
-    """What there is, and who owns each piece of memory. Empty tensors are left out."""
+    """What there is, and who owns each piece of memory. Empty and boolean ones hold no address: left out."""
     owners: dict[object, str] = {}
     infos = []
     for name, p in parameters.items():
-        if not p.numel() or nn.parameter.is_lazy(p):
+        if nn.parameter.is_lazy(p) or not p.numel() or p.dtype == torch.bool:
             continue
         key = (p.data_ptr(), tuple(p.shape), p.stride())
         owner = owners.setdefault(key, name)

@@ -87,9 +87,11 @@ def _differing(expected: torch.Tensor, filled: torch.Tensor, part: Landing) -> _
 
 def _changed(expected: torch.Tensor, filled: torch.Tensor, part: Landing) -> _Worst:
     """With a change on the way numbers agree to within the rounding of the parameter's dtype."""
-    wanted, got = forward(part.change)(expected.to(torch.float64)), filled.to(torch.float64)
+    wanted = forward(part.change)(expected.to(torch.float64)).to(filled.dtype).to(torch.float64)
+    got = filled.to(torch.float64)
     eps = torch.finfo(filled.dtype).eps if filled.is_floating_point() else 0.0
-    return _worst((wanted - got).abs() > 8 * eps * (wanted.abs() + 1), wanted, got, part)
+    same = (wanted == got) | (wanted.isnan() & got.isnan()) | ((wanted - got).abs() <= 8 * eps * (wanted.abs() + 1))
+    return _worst(~same, wanted, got, part)
 
 
 def _worst(wrong: torch.Tensor, expected: torch.Tensor, found: torch.Tensor, part: Landing) -> _Worst:

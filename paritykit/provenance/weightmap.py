@@ -184,7 +184,8 @@ class RankLedger(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's weights: where they landed, and whether the real numbers arrived.
 
     ``padding``: parameter to the first row that is padding, with the reason. ``error``: why the loader could not be
-    traced. ``seconds``: what tracing and comparing took.
+    traced. ``seconds``: what tracing and comparing took. ``names`` (tensor to parameter and shard, as the engine's own
+    rules say) and ``fused`` (module to its parts) are declared by the engine, not traced.
     """
 
     rank: int = 0
@@ -193,3 +194,5 @@ class RankLedger(msgspec.Struct, frozen=True, kw_only=True):
     padding: dict[str, tuple[int, str]] = {}
     error: str = ""
     seconds: float = 0.0
+    names: dict[str, tuple[str, str] | None] = {}
+    fused: dict[str, list[dict[str, int]]] = {}

@@ -150,7 +150,8 @@ def repro(results: Results) -> str:
     command, first = results.run.command, results.summary.first_divergence
     if first is None or not command.startswith("paritykit run "):
         return command
-    words = [*_without(shlex.split(command), _NARROWED), "--check", first.check, "--case", first.case]
+    words = [*_without(shlex.split(command), _NARROWED), "--check", first.check]
+    words += ["--case", first.case] if first.case else []
     return shlex.join(words)
 
 

@@ -69,6 +69,7 @@ class VllmEngine:
         self._arguments = arguments
         self._llm: Any = None
         self._facts: list[dict[str, Any]] = []
+        self._ledgers: list[RankLedger] = []
 
     def open(self) -> None:
         """Start vLLM. Raises EngineMissingError if it does not import, EngineError if it does not start."""
@@ -84,6 +85,7 @@ class VllmEngine:
             self._call("parity_call", target, msgspec.json.encode(arguments))
         names = msgspec.json.encode(list(self.checkpoint.tensors))
         self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
+        self._ledgers = [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``: every rank writes its own tensors, straight from its hooks."""
@@ -99,7 +101,9 @@ class VllmEngine:
                     raise EngineError(f"recording on rank {rank} of vLLM failed: {outcome.error}")
             for case, chosen in zip(cases, outcomes[0].chosen, strict=True):
                 generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
-            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts[0])
+            landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
+            facts = {**self._facts[0], "landings": landings}
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
 
     def describe(self) -> Side:
@@ -126,7 +130,10 @@ class VllmEngine:
 
     def ledger(self) -> list[RankLedger]:
         """Where every weight landed on each rank, and whether its numbers arrived."""
-        return [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
+        return [
+            msgspec.structs.replace(r, names=f["names"], fused=f["fused"])
+            for r, f in zip(self._ledgers, self._facts, strict=True)
+        ]
 
     def close(self) -> None:
         """Shut vLLM down and free its groups, so that another engine can start in this process."""
