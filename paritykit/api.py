@@ -27,7 +27,7 @@ from paritykit.mapping.user import read_rules
 from paritykit.reports import write_report
 from paritykit.reports.terminal import failure_text
 from paritykit.results import Divergence, Results, Summary
-from paritykit.runner import compare_captures
+from paritykit.runner import compare_captures, weight_results
 
 
 class ParityRun:
@@ -104,6 +104,28 @@ def concrete_cases(cases: CaseSet | Iterable[Case], model: str) -> list[Case]:
         )
     checkpoint = Checkpoint.find(model)
     return cases.resolve(vocab_size=checkpoint.vocab_size, max_positions=checkpoint.max_positions)
+
+
+def weights(
+    engine: Any,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> ParityRun:
+    """Open ``engine``, see where its own loader puts every weight and whether it arrives unchanged, and close it.
+
+    ``checkpoint`` is the folder it loads, where its own description does not say. Raises UsageError for an engine whose
+    loader cannot be traced, EngineError if it does not open.
+    """
+    try:
+        engine.open()
+        if "ledger" not in engine.capabilities:
+            raise UsageError(f"engine {getattr(engine, 'name', '')!r} does not say where its loader puts weights")
+        side = engine.describe()
+        folder = str(checkpoint or side.model)
+        found = Checkpoint.find(folder) if Path(folder).is_dir() else None
+        return ParityRun(weight_results(engine.ledger(), side, found))
+    finally:
+        engine.close()
 
 
 def follow_tokens(cases: list[Case], follow: Capture | None) -> list[Case]:

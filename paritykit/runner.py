@@ -26,6 +26,7 @@ from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
 from paritykit.ledger.expect import expect
+from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
@@ -276,6 +277,19 @@ def weight_subject(ledgers: list[RankLedger], checkpoint: Checkpoint | None, *, 
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
     layout = reference_layout(checkpoint) if checkpoint else None
     return WeightSubject(ledgers, expect(tensors, ledger=ledgers[0], reference=layout, dtype=dtype))
+
+
+def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint | None) -> Results:
+    """The records of check ``weights`` alone, for an engine that is described by ``side``."""
+    judged = judge_weights(weight_subject(ledgers, checkpoint, dtype=side.dtype))
+    return assemble(
+        run_record(checkpoint_side(checkpoint), side, ["weights"]),
+        coverage=[judged.coverage],
+        findings=judged.findings,
+        weights=judged.rows,
+        cases=[],
+        config=load_config(),
+    )
 
 
 def checkpoint_side(checkpoint: Checkpoint | None) -> Side:

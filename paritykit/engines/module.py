@@ -3,6 +3,10 @@
 ::
 
     pk.engine("module", model=my_module, forward=my_forward, load=my_loader)
+    pk.engine("module", model=my_module, forward=my_forward, load_weights=my_load_weights, checkpoint="./my-model")
+
+``load_weights(model, weights)`` gets an iterator over (checkpoint name, tensor), ``load_folder(model, folder)`` a
+checkpoint's folder; with either, and ``checkpoint``, the loader is traced: rules follow, and check ``weights``.
 
 ``forward(model, input_ids, positions)`` gets ``[1, tokens]`` integer tensors of one case and returns its logits,
 ``[tokens, vocab]`` or ``[1, tokens, vocab]`` (or None, where only modules are compared). Tokens after the prompt are
@@ -11,10 +15,12 @@ computed in the same pass; an engine with a KV cache of its own is better served
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -25,18 +31,25 @@ from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import CaptureFolder, PartWriter
 from paritykit.case import Case
 from paritykit.engines.base import Progress
+from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.reading import FirstTensor
+from paritykit.engines.weights import checkpoint_weights, through_folder
 from paritykit.errors import EngineError, UsageError
+from paritykit.provenance.watch import watch_load
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.results import Side
 
 Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor | None]
 Load = Callable[[nn.Module], None]
+LoadWeights = Callable[[nn.Module, Iterable[tuple[str, torch.Tensor]]], object]
+LoadFolder = Callable[[nn.Module, Path], object]
 
 
 class ModuleEngine:
     """``engine("module", model=..., forward=..., load=...)``; ``name`` is what reports call it.
 
-    ``load(model)`` is called on opening. Raises UsageError if ``model`` is no module.
+    ``load(model)`` is called on opening. Raises UsageError if ``model`` is no module, for two ways to load, or for a
+    loader without a checkpoint.
     """
 
     capabilities = frozenset({"logits", "teacher_forcing"})
@@ -47,6 +60,9 @@ class ModuleEngine:
         *,
         forward: Forward | None = None,
         load: Load | None = None,
+        load_weights: LoadWeights | None = None,
+        load_folder: LoadFolder | None = None,
+        checkpoint: str | Path = "",
         name: str = "module",
         dtype: str = "auto",
         head: str = "",
@@ -56,6 +72,10 @@ class ModuleEngine:
         self._model = model
         self._forward: Forward = forward or _plain_forward
         self._load = load
+        self._loader = self._traceable(load, load_weights, load_folder, checkpoint)
+        self._ledger: RankLedger | None = None
+        if self._loader is not None:
+            self.capabilities = self.capabilities | {"ledger"}
         self._name = name
         self._dtype = dtype
         self._head = head
@@ -69,6 +89,16 @@ class ModuleEngine:
         self._model.eval()
         if self._load:
             self._load(self._model)
+        if self._loader is not None and self._checkpoint is not None:
+            weights = partial(checkpoint_weights, self._checkpoint)
+            with torch.no_grad():
+                self._ledger = watch_load(self._model, weights=weights, load=self._loader)
+
+    def ledger(self) -> list[RankLedger]:
+        """Where every weight landed. Raises EngineError for a module without a traceable loader, or before ``open``."""
+        if self._ledger is None:
+            raise EngineError(f"engine {self._name!r} was given no load_weights or load_folder to trace")
+        return [self._ledger]
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``: one pass over prompt and forced tokens for each case."""
@@ -80,7 +110,7 @@ class ModuleEngine:
                     if progress:
                         progress(self._name, index, len(cases))
                     generated[case.id] = self._one(case, index, recorder, layout)
-            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts={"head": self._head})
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts())
             return Capture.open(folder.commit(manifest, [part.finish()]), verify=False)
 
     def describe(self) -> Side:
@@ -96,6 +126,24 @@ class ModuleEngine:
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
+
+    def _facts(self) -> dict[str, Any]:
+        landings = self._ledger.found.landings if self._ledger else []
+        return {"head": self._head, "landings": msgspec.to_builtins(landings)}
+
+    def _traceable(
+        self, load: Load | None, weights: LoadWeights | None, folder: LoadFolder | None, checkpoint: str | Path
+    ) -> Callable[[Iterable[tuple[str, torch.Tensor]]], object] | None:
+        self._checkpoint = Checkpoint.find(str(checkpoint)) if str(checkpoint) else None
+        if sum(x is not None for x in (load, weights, folder)) > 1:
+            raise UsageError("engine 'module' takes one of load, load_weights and load_folder")
+        if (weights or folder) and self._checkpoint is None:
+            raise UsageError("engine 'module' needs a checkpoint=FOLDER to call load_weights or load_folder with")
+        if weights is not None:
+            return partial(weights, self._model)
+        if folder is not None and self._checkpoint is not None:
+            return through_folder(self._checkpoint, partial(folder, self._model))
+        return None
 
     def _one(self, case: Case, index: int, recorder: Recorder, layout: DenseLayout) -> list[int]:
         tokens = [*case.tokens, *case.forced][: case.positions]

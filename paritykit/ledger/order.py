@@ -121,15 +121,18 @@ def _stacked(subject: WeightSubject, parameter: str, rank: int, group: list[Land
 
 
 def declared_otherwise(subject: WeightSubject) -> Iterator[Problem]:
-    """The engine's own rules say one place, and its loader put the weights in another."""
-    for name, (parameter, part) in subject.expected.declared.items():
+    """The engine's own rules, or an equal name, say one place, and its loader put the weights in another."""
+    known = {p for p, _ in subject.parameters}
+    equal = {n: (n, None) for n in subject.by_tensor if n in known}
+    for name, (parameter, part) in {**equal, **subject.expected.declared}.items():
         places = subject.by_tensor.get(name, [])
         homes = {x.parameter for x in places}
         homes |= {a for home in homes for a in subject.aliases.get(home, [])}
-        if not places or parameter not in {p for p, _ in subject.parameters}:
+        if not places or parameter not in known:
             continue
         if parameter not in homes:
-            text = f"declared for {parameter}, but landed in {', '.join(sorted(homes))}"
+            how = "declared for" if name in subject.expected.declared else "named like"
+            text = f"{how} {parameter}, but landed in {', '.join(sorted(homes))}"
             yield Problem(code="wrong-slice", name=name, message=f"{name}: {text}")
         elif part is not None and subject.parts(parameter):
             seen = {subject.part_of(x) for x in places if x.parameter == parameter}

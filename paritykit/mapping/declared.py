@@ -45,7 +45,8 @@ class ModuleMap:
     """Reference module path to candidate place, for every reference module that has one."""
 
     def __init__(self, reference: Manifest, candidate: Manifest) -> None:
-        self._modules = {p.module for p in candidate.points} | set(candidate.facts.get("modules", ()))
+        self._recorded = {p.module for p in candidate.points}
+        self._modules = self._recorded | set(candidate.facts.get("modules", ()))
         self._reference = list(dict.fromkeys(p.module for p in reference.points))
         self._packed: Mapping[str, list[str]] = candidate.facts.get("packed", {})
         self.fused = {m: [Part(**p) for p in parts] for m, parts in candidate.facts.get("fused", {}).items()}
@@ -102,7 +103,10 @@ class ModuleMap:
             owner={p: m for p in parameters.values() if (m := longest_prefix(p, known))},
             home={p: m for x in landings if (m := longest_prefix(p := x.parameter, self._modules))},
         )
-        for module, home in homes.items():
+        for module, found in homes.items():
+            home = self._recorded_home(module, found, homes)
+            if home is None:
+                continue
             held = self._places.get(module)
             if held is not None and held.source in EXPLICIT and not self._agree(held, home):
                 declared = _told(held.module, self._declared_blocks(held))
@@ -110,6 +114,15 @@ class ModuleMap:
             else:
                 part = held.part if held is not None and held.module == home.module else None
                 self._places[module] = Place(home.module, part, SOURCE, home.blocks)
+
+    def _recorded_home(self, module: str, home: Home, homes: Mapping[str, Home]) -> Home | None:
+        """The home itself where its output was recorded, else the nearest module around it that holds nothing else."""
+        if home.module in self._recorded:
+            return home
+        around = longest_prefix(home.module, self._recorded)
+        others = (m for m, h in homes.items() if around and f"{h.module}.".startswith(f"{around}."))
+        alone = all(f"{m}.".startswith(f"{module}.") for m in others)
+        return Home(around, None) if around and alone else None
 
     def _agree(self, place: Place, home: Home) -> bool:
         declared = self._declared_blocks(place)

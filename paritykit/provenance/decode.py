@@ -7,22 +7,28 @@ from dataclasses import dataclass, field
 import torch
 
 from paritykit.provenance.boxes import Box, find_boxes
-from paritykit.provenance.changes import UNDO
+from paritykit.provenance.changes import UNDO, forward
 from paritykit.provenance.codes import Coding
 from paritykit.provenance.landings import to_landings
 from paritykit.provenance.sources import FIRST, Source
 from paritykit.provenance.weightmap import Gap, Landing, Unfilled
 
 UNWRITTEN, CONSTANT, UNKNOWN = -1, -2, -3
+NEAR = 0.02
+"""How near a probe must come: what rounding leaves of it, in bfloat16 and wider, is nearer."""
 KINDS: dict[int, Unfilled] = {UNWRITTEN: "unwritten", CONSTANT: "constant", UNKNOWN: "unknown"}
 
 
 @dataclass(slots=True)
 class Readings:
-    """What a parameter held after each pass and after the probe, as float64, and where it was poison each time."""
+    """What a parameter held after each pass and after the probe, as float64, and where it was poison each time.
+
+    ``slack`` is what the probe, which is no whole number, loses in the parameter's dtype.
+    """
 
     raw: list[torch.Tensor] = field(default_factory=list)
     poisoned: torch.Tensor | None = None
+    slack: float = 0.0
     probe: torch.Tensor | None = None
 
 
@@ -35,6 +41,7 @@ def add_reading(reading: Readings, tensor: torch.Tensor) -> None:
         poison_value = torch.empty(1, dtype=tensor.dtype)
         poison(poison_value)
         poisoned = tensor == poison_value
+        reading.slack = 1.0
     reading.poisoned = poisoned if reading.poisoned is None else reading.poisoned & poisoned
     reading.raw.append(values)
 
@@ -48,10 +55,10 @@ def poison(tensor: torch.Tensor) -> None:
 
 
 def decode(
-    name: str, reading: Readings, coding: Coding, sources: list[Source], rank: int
+    name: str, reading: Readings, coding: Coding, sources: list[Source], probes: torch.Tensor, rank: int
 ) -> tuple[list[Landing], list[Gap]]:
-    """The boxes of one parameter."""
-    addresses, labels, changes = _addresses(reading, coding, sources)
+    """The boxes of one parameter; ``probes`` is the table of ``sources``' probes."""
+    addresses, labels, changes = _addresses(reading, coding, sources, probes)
     shape = tuple(reading.raw[0].shape)
     landings: list[Landing] = []
     gaps: list[Gap] = []
@@ -96,14 +103,18 @@ def _gap(name: str, rank: int, box: Box, reading: Readings) -> Gap:
 
 
 def _addresses(
-    reading: Readings, coding: Coding, sources: list[Source]
+    reading: Readings, coding: Coding, sources: list[Source], probes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Flat offset and label of every element: the source's number, plus a multiple of their count for each change."""
+    """Flat offset and label of every element: the source's number, plus a multiple of their count for each change.
+
+    Large digits can come through a change as they were (softplus, an offset lost in rounding): the probe tells.
+    """
     raw = [r.reshape(-1) for r in reading.raw]
     changes: list[str] = []
     offsets = torch.zeros(raw[0].numel(), dtype=torch.int64)
     labels = torch.full_like(offsets, UNKNOWN)
     assert reading.poisoned is not None
+    assert reading.probe is not None
     labels[reading.poisoned.reshape(-1)] = UNWRITTEN
     for change, undo in UNDO.items():
         places = (labels == UNKNOWN).nonzero().reshape(-1)
@@ -111,6 +122,9 @@ def _addresses(
             break
         found = coding.join([_digit(undo(r[places])) for r in raw])
         source, offset, known = _look_up(found, sources)
+        expected = forward(change)(probes[found.clamp(0, len(probes) - 1)].to(torch.float64))
+        allowed = reading.slack + max(NEAR, 2.0**-coding.bits) * (expected.abs() + 1)
+        known &= (reading.probe.reshape(-1)[places] - expected).abs() <= allowed
         if known.any():
             offsets[places[known]] = offset[known]
             labels[places[known]] = len(changes) * len(sources) + source[known]

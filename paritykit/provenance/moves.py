@@ -26,7 +26,7 @@ def as_source(filled: torch.Tensor, landing: Landing) -> torch.Tensor:
     """A box of the parameter with its axes in the tensor's order, and the shape of the tensor's box."""
     order = sorted((k for k, a in enumerate(landing.axes) if a >= 0), key=lambda k: landing.axes[k])
     rest = [k for k, a in enumerate(landing.axes) if a < 0]
-    return filled.permute(*rest, *order).reshape([s.count for s in landing.source])
+    return filled.permute([*rest, *order]).reshape([s.count for s in landing.source])
 
 
 def as_target(taken: torch.Tensor, landing: Landing) -> torch.Tensor:

@@ -41,6 +41,12 @@ def list_sources(weights: Iterable[tuple[str, torch.Tensor]]) -> list[Source]:
     return found
 
 
+def probe_table(sources: Iterable[Source]) -> torch.Tensor:
+    """The probe of every address, in order of addresses; 0 for those that are nobody's."""
+    probes = [torch.nn.functional.pad(probe_values(s).reshape(-1).float(), (0, 1)) for s in sources]
+    return torch.cat([torch.zeros(FIRST), *probes])
+
+
 def probe_values(source: Source) -> torch.Tensor:
     """Random numbers between 0.25 and 1.75, the same at each call and others for each source."""
     numbers = torch.rand(source.shape, generator=torch.Generator().manual_seed(source.start), dtype=torch.float64)

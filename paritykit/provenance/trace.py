@@ -13,7 +13,7 @@ from torch import nn
 from paritykit.provenance.changes import explain_change
 from paritykit.provenance.codes import Coding, coding_for
 from paritykit.provenance.decode import Readings, add_reading, decode, poison
-from paritykit.provenance.sources import Source, list_sources, probe_values
+from paritykit.provenance.sources import Source, list_sources, probe_table, probe_values
 from paritykit.provenance.weightmap import ParameterInfo, TensorInfo, WeightMap
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
@@ -49,10 +49,10 @@ def trace(
     finally:
         for name, values in kept.items():
             live[name].detach().copy_(values)
-    found = WeightMap(tensors=_tensors(sources), parameters=infos)
+    found, probes = WeightMap(tensors=_tensors(sources), parameters=infos), probe_table(sources)
     for name, reading in readings.items():
         reading.probe = probe[name].to(torch.float64)
-        landings, gaps = decode(name, reading, coding, sources, rank)
+        landings, gaps = decode(name, reading, coding, sources, probes, rank)
         found.landings += landings
         found.gaps += gaps
     return explain_change(found, sources, probe)

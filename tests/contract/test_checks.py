@@ -12,8 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import paritykit as pk
 from paritykit.checks import CHECKS
+from paritykit.checks.base import Check, ModelCheck
 from paritykit.testing import tiny_model
+from tests.contract import toy
 from tests.contract.planted import FAULTS
+
+CASED = {n: c for n, c in CHECKS.items() if isinstance(c, Check)}
+OF_WEIGHTS = {n: c for n, c in CHECKS.items() if isinstance(c, ModelCheck) and c.needs == "ledger"}
 
 
 def forward(model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -44,7 +49,7 @@ def run(model: Path, reference: pk.Capture) -> Callable[..., pk.ParityRun]:
     return compare
 
 
-@pytest.mark.parametrize(("check", "fault"), [(n, f) for n, c in CHECKS.items() for f in c.detects])
+@pytest.mark.parametrize(("check", "fault"), [(n, f) for n, c in CASED.items() for f in c.detects])
 def test_check_sees_what_it_promises(run: Callable[..., pk.ParityRun], check: str, fault: str) -> None:
     found = run(check, FAULTS[fault])
     assert found.summary.verdict == "fail", found.summary
@@ -52,7 +57,7 @@ def test_check_sees_what_it_promises(run: Callable[..., pk.ParityRun], check: st
         found.raise_on_failure()
 
 
-@pytest.mark.parametrize("check", CHECKS.names())
+@pytest.mark.parametrize("check", CASED)
 def test_check_is_quiet_on_a_clean_pair(run: Callable[..., pk.ParityRun], check: str) -> None:
     found = run(check, None)
     assert found.summary.verdict == "pass", found.summary
@@ -61,3 +66,23 @@ def test_check_is_quiet_on_a_clean_pair(run: Callable[..., pk.ParityRun], check:
 
 def test_every_check_promises_something() -> None:
     assert all(check.detects and check.question.endswith("?") for _, check in CHECKS.items())
+
+
+@pytest.fixture(scope="module")
+def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.write_checkpoint(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.mark.parametrize("fault", [f for c in OF_WEIGHTS.values() for f in c.detects])
+def test_check_of_weights_sees_what_it_promises(toy_checkpoint: Path, fault: str) -> None:
+    found = toy.run(toy_checkpoint, toy.STREAMS[fault])
+    assert found.summary.verdict == "fail", found.summary
+    with pytest.raises(pk.ParityFailure, match="first divergence"):
+        found.raise_on_failure()
+
+
+def test_check_of_weights_is_quiet_on_a_clean_pair(toy_checkpoint: Path) -> None:
+    found = toy.run(toy_checkpoint)
+    assert found.summary.verdict == "pass", found.results.findings
+    assert found.summary.compared == len(toy.tensors())
+    found.raise_on_failure()

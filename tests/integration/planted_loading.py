@@ -38,7 +38,7 @@ def afterwards(model: Any, change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 def renamed(model: Any, **names: str) -> None:
     """Two tensors of layer 2 under each other's name."""
-    (one, other), = names.items()
+    ((one, other),) = names.items()
 
     def swap(name: str, tensor: torch.Tensor) -> Iterator[Pair]:
         if ".layers.2." in name and (one in name or other in name):
@@ -48,7 +48,9 @@ def renamed(model: Any, **names: str) -> None:
     between(model, swap)
 
 
-def on(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[str, torch.Tensor], Iterable[Pair]]:
+def on(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Callable[[str, torch.Tensor], Iterable[Pair]]:
     def only(found: str, tensor: torch.Tensor) -> Iterator[Pair]:
         new = change(tensor) if found == name else tensor
         if new is not None:
@@ -110,7 +112,7 @@ def rank_zero_everywhere(model: Any, *, rank: int) -> None:
     projection = model.model.layers[2].mlp.down_proj
     projection.tp_rank = 0
     for parameter in projection.parameters():
-        parameter.tp_rank = 0  # type: ignore[attr-defined]
+        parameter.tp_rank = 0
 
 
 def head_from_embedding(model: Any, *, rank: int) -> None:

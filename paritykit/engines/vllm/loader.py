@@ -8,7 +8,7 @@ CPU vLLM packs and deletes them right after loading.
 from __future__ import annotations
 
 import dataclasses
-import time
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,8 +19,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from paritykit.provenance.trace import named_tensors, trace
-from paritykit.provenance.values import compare_values
+from paritykit.provenance.watch import watch_load
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
@@ -52,42 +51,24 @@ class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
         super().__init__(dataclasses.replace(load_config, **plain))
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Trace, load, compare. What goes wrong while tracing is told in the ledger and stops nothing."""
+        """Trace, load, compare."""
         orders = self._orders
         rank = get_tensor_model_parallel_rank()
         if orders.before_load:
             load_attribute(orders.before_load, kind="before_load function")(model, rank=rank, **orders.before_load_args)
-        started = time.monotonic()
-        found, error = self._trace(model, model_config, rank) if orders.trace else (WeightMap(), "not traced")
-        traced = time.monotonic()
-        super().load_weights(model, model_config)
-        loaded = time.monotonic()
-        arrived = []
-        if not error:
-            with torch.no_grad():
-                weights = self.get_all_weights(model_config, model)
-                arrived = list(compare_values(found, named_tensors(model), weights))
-        LEDGERS[model] = RankLedger(
-            rank=rank,
-            found=found,
-            arrived=arrived,
-            padding=padding(model),
-            error=error,
-            seconds=traced - started + time.monotonic() - loaded,
-        )
-
-    def _trace(self, model: nn.Module, model_config: Any, rank: int) -> tuple[WeightMap, str]:
-        try:
-            with torch.no_grad():
-                found = trace(
-                    named_tensors(model),
-                    weights=lambda: self.get_all_weights(model_config, model),
-                    load=model.load_weights,  # type: ignore[arg-type]
-                    rank=rank,
-                )
-        except (RuntimeError, ValueError, KeyError, TypeError, AssertionError, AttributeError, IndexError) as error:
-            return WeightMap(), f"{type(error).__name__}: {error}"
-        return found, ""
+        if not orders.trace:
+            super().load_weights(model, model_config)
+            return
+        with torch.no_grad():
+            LEDGERS[model] = watch_load(
+                model,
+                weights=partial(self.get_all_weights, model_config, model),
+                load=model.load_weights,  # type: ignore[arg-type]
+                load_real=partial(super().load_weights, model, model_config),
+                rank=rank,
+                padding=padding(model),
+                known=orders.known[rank] if orders.known else None,
+            )
 
 
 def padding(model: nn.Module) -> dict[str, tuple[int, str]]:

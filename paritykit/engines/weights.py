@@ -1,0 +1,50 @@
+"""Reading a checkpoint as a loader does, and handing one to loaders that want a folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from paritykit.engines.checkpoint import Checkpoint
+
+Pair = tuple[str, torch.Tensor]
+
+
+def checkpoint_weights(checkpoint: Checkpoint) -> Iterator[Pair]:
+    """Every tensor of the safetensors files, in file order, memory-mapped."""
+    for file in checkpoint.weight_files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    yield name, opened.get_tensor(name)
+
+
+def through_folder(checkpoint: Checkpoint, load: Callable[[Path], Any]) -> Callable[[Iterable[Pair]], None]:
+    """A loader of (name, tensor) pairs made of one that takes a folder.
+
+    The pairs are written to a temporary folder with the files, names and side files of ``checkpoint``, one file in
+    memory at a time.
+    """
+
+    def loader(weights: Iterable[Pair]) -> None:
+        with tempfile.TemporaryDirectory(prefix="paritykit-weights-") as name:
+            folder = Path(name)
+            for file in checkpoint.path.iterdir():
+                if file.is_file() and file not in checkpoint.weight_files:
+                    shutil.copy2(file, folder / file.name)
+            pairs = iter(weights)
+            for file in checkpoint.weight_files:
+                with safe_open(file, framework="pt") as opened:
+                    count = len(list(opened.keys()))
+                part = {n: t.contiguous() for n, t in (next(pairs) for _ in range(count))}
+                save_file(part, folder / file.name, metadata={"format": "pt"})
+            load(folder)
+
+    return loader
