@@ -182,6 +182,40 @@ def weights(model: str, **options: Any) -> int:
 
 
 @cli.command(context_settings=CONTEXT)
+@click.argument("checkpoint")
+@click.option("--base", help="Checkpoint that this one may be a delta to.")
+@click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Split that it should stand.")
+@click.option("--headers-only", is_flag=True, help="Do not read the values.")
+@apply(REPORT_OPTIONS)
+def audit(checkpoint: str, **options: Any) -> int:
+    """Look for what is wrong with the files and config of CHECKPOINT, a folder, hub id or tiny:FAMILY.
+
+    Runs no model. Exit code 1 if there is an error, which one of the engines would fail or compute otherwise by.
+
+    \b
+    paritykit audit ./my-model
+    paritykit audit ./my-model --base ./its-base --tensor-parallel-size 4
+    """
+    from paritykit.audit import audit as look
+    from paritykit.models import folder_of
+    from paritykit.reports.audit import print_audit
+    from paritykit.runner import audit_results
+
+    with ProgressLine(quiet=options["quiet"]) as progress:
+        found = look(
+            folder_of(checkpoint),
+            base=folder_of(options["base"]) if options["base"] else None,
+            tensor_parallel_size=options["tensor_parallel_size"],
+            deep=not options["headers_only"],
+            progress=progress,
+        )
+    if not options["quiet"]:
+        print_audit(found, console=Console(), verbose=options["verbose"])
+    results = audit_results(found, checkpoint, command=["paritykit", *sys.argv[1:]])
+    return _finish(results, {**options, "quiet": True})
+
+
+@cli.command(context_settings=CONTEXT)
 @click.argument("records", type=click.Path(path_type=Path), metavar="RUN.jsonl")
 @apply(REPORT_OPTIONS)
 def report(records: Path, **options: Any) -> int:

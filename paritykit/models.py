@@ -14,13 +14,18 @@ def resolve_model(model: str) -> Checkpoint:
 
     Raises UsageError if there is none, or if the headers of its weight files show that they are damaged.
     """
-    if model.startswith(TINY):
-        from paritykit.testing import tiny_model
-
-        return Checkpoint.find(str(tiny_model(model.removeprefix(TINY))))
-    found = Checkpoint.find(model)
+    found = Checkpoint.find(folder_of(model))
     _ = found.tensors
     return found
+
+
+def folder_of(model: str) -> str:
+    """``model``, or the folder of the tiny model that ``tiny:FAMILY`` means, made on the spot."""
+    if not model.startswith(TINY):
+        return model
+    from paritykit.testing import tiny_model
+
+    return str(tiny_model(model.removeprefix(TINY)))
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenize | None:

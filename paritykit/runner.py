@@ -15,11 +15,13 @@ from typing import Any
 import msgspec
 
 import paritykit
+from paritykit.audit import Audit, audit
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS
 from paritykit.checks.base import Answer, Check, ModelCheck, ModelSubject, Subject
+from paritykit.checks.checkpoint import answer_of
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
@@ -126,7 +128,7 @@ class Session:
     @cached_property
     def model(self) -> ModelSubject:
         """The model as a whole, as model checks look at it."""
-        return ModelSubject(weights=self._weights)
+        return ModelSubject(weights=self._weights, audit=self._audit)
 
     def results(self, checks: Iterable[str], *, command: list[str] | None = None) -> Results:
         """Run ``checks``, those of the model first, the others over all cases, and put the records together."""
@@ -148,15 +150,22 @@ class Session:
         )
 
     def answer(self, check: ModelCheck) -> Answer:
-        """What a model check finds; that it was skipped, where the candidate cannot do what it needs."""
-        self._opened_engine("candidate")
-        if check.needs and check.needs not in self._engines["candidate"].capabilities:
-            name = getattr(self._engines["candidate"], "name", "the candidate")
-            reason = f"engine {name!r} does not say where its loader puts weights"
+        """What a model check finds; that it was skipped, where there is not what it needs."""
+        reason = self._lacks(check)
+        if reason:
             skipped = [Unmatched(side="candidate", point=check.name, reason=reason)]
             return Answer(coverage=Coverage(check=check.name, points=0, compared=0, skipped=skipped), findings=[])
         self._say(f"checking: {check.name}")
         return check.run(self.model)
+
+    def _lacks(self, check: ModelCheck) -> str:
+        """Why a model check has nothing to look at; empty where it has."""
+        if not check.needs:
+            return "" if self._checkpoint is not None else "there is no checkpoint folder to read"
+        engine = self._opened_engine("candidate")
+        if check.needs in engine.capabilities:
+            return ""
+        return f"engine {getattr(engine, 'name', 'candidate')!r} does not say where its loader puts weights"
 
     def run_record(self, checks: list[str], *, command: list[str] | None = None) -> Run:
         """The first record. Where no case ran, the reference is the checkpoint itself."""
@@ -174,6 +183,11 @@ class Session:
         engine: Any = self._opened_engine("candidate")
         ledgers: list[RankLedger] = engine.ledger()
         return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype)
+
+    def _audit(self) -> Audit:
+        assert self._checkpoint is not None
+        ranks = self._opened_engine("candidate").describe().parallel.get("tensor_parallel_size", 1)
+        return audit(self._checkpoint.path, tensor_parallel_size=ranks, progress=self._progress)
 
     def _opened_engine(self, side: str) -> Engine:
         engine = self._engines[side]
@@ -287,6 +301,19 @@ def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint
         coverage=[judged.coverage],
         findings=judged.findings,
         weights=judged.rows,
+        cases=[],
+        config=load_config(),
+    )
+
+
+def audit_results(found: Audit, model: str, *, command: list[str] | None = None) -> Results:
+    """The records of check ``checkpoint`` alone, for a folder that need not be whole."""
+    answer = answer_of(found)
+    side = Side(engine="checkpoint", model=model, dtype="as stored")
+    return assemble(
+        run_record(side, side, ["checkpoint"], command=command),
+        coverage=[answer.coverage],
+        findings=answer.findings,
         cases=[],
         config=load_config(),
     )

@@ -6,6 +6,7 @@ from paritykit.checks.base import Check, ModelCheck
 from paritykit.registry import Registry
 
 CHECKS: Registry[Check | ModelCheck] = Registry("check")
+CHECKS.register("checkpoint", "paritykit.checks.checkpoint:CHECK")
 CHECKS.register("weights", "paritykit.checks.weights:CHECK")
 CHECKS.register("modules", "paritykit.checks.modules:CHECK")
 CHECKS.register("logits", "paritykit.checks.logits:CHECK")

@@ -14,6 +14,7 @@ from paritykit.ledger.subject import WeightSubject
 from paritykit.results import Coverage, Finding, WeightRow
 
 if TYPE_CHECKING:
+    from paritykit.audit.notice import Audit
     from paritykit.captures.reader import Capture
     from paritykit.mapping.build import Mapping
 
@@ -87,13 +88,19 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSubject:
     """A model as a whole, before it runs: all that model checks look at."""
 
-    def __init__(self, *, weights: Callable[[], WeightSubject]) -> None:
+    def __init__(self, *, weights: Callable[[], WeightSubject], audit: Callable[[], Audit]) -> None:
         self._weights = weights
+        self._audit = audit
 
     @cached_property
     def weights(self) -> WeightSubject:
         """Where the candidate's loader put every weight."""
         return self._weights()
+
+    @cached_property
+    def audit(self) -> Audit:
+        """What is wrong with the checkpoint's files and config."""
+        return self._audit()
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -82,8 +82,8 @@ class ModuleMap:
         known = set(self._reference)
         for tensor, parameter in parameters.items():
             target = names.get(tensor, (tensor, "")) if names else None
-            module = longest_prefix(parameter, known)
-            if target is None or module is None:
+            module = parameter.rpartition(".")[0]
+            if target is None or module not in known:
                 continue
             place = self._place(*target)
             if place is not None:
@@ -100,7 +100,7 @@ class ModuleMap:
             landings,
             parameters=parameters,
             features=ours.get("features", {}),
-            owner={p: m for p in parameters.values() if (m := longest_prefix(p, known))},
+            owner={p: m for p in parameters.values() if (m := p.rpartition(".")[0]) in known},
             home={p: m for x in landings if (m := longest_prefix(p := x.parameter, self._modules))},
         )
         for module, found in homes.items():

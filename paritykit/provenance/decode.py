@@ -55,7 +55,7 @@ def poison(tensor: torch.Tensor) -> None:
 
 
 def decode(
-    name: str, reading: Readings, coding: Coding, sources: list[Source], probes: torch.Tensor, rank: int
+    name: str, reading: Readings, coding: Coding, sources: list[Source], *, probes: torch.Tensor, rank: int
 ) -> tuple[list[Landing], list[Gap]]:
     """The boxes of one parameter; ``probes`` is the table of ``sources``' probes."""
     addresses, labels, changes = _addresses(reading, coding, sources, probes)

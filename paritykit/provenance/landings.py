@@ -26,18 +26,23 @@ def place(offset: int, shape: tuple[int, ...]) -> list[int]:
 def to_landings(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[Spans, Spans, tuple[int, ...]]]:
     """The box as (source spans, target spans, axes) of a tensor of ``shape``; ``box.base`` is a flat offset into it.
 
-    More than one where a parameter's axis runs over two axes of the tensor at once.
+    More than one where a parameter's axis runs over two axes of the tensor at once, or two run along one of it.
     """
     found = _matched(box, shape)
     if found is not None:
         yield found
         return
-    axis = max((k for k, s in enumerate(box.spans) if s.count > 1), key=lambda k: (abs(box.strides[k]), -k))
-    span = box.spans[axis]
-    for i, at in enumerate(span.places()):
-        spans = (*box.spans[:axis], Span(at, 1), *box.spans[axis + 1 :])
-        strides = (*box.strides[:axis], 0, *box.strides[axis + 1 :])
-        yield from to_landings(Box(spans, box.label, box.base + i * box.strides[axis], strides), shape)
+    running = [k for k, s in enumerate(box.spans) if s.count > 1]
+    start = place(box.base, shape)
+    long = [k for k in running if _run(box.strides[k], box.spans[k].count, start, shape) < box.spans[k].count]
+    axis = long[0] if long else max(running, key=lambda k: (abs(box.strides[k]), -k))
+    span, stride, done = box.spans[axis], box.strides[axis], 0
+    while done < span.count:
+        base = box.base + done * stride
+        run = _run(stride, span.count - done, place(base, shape), shape) if long else 1
+        piece = Span(span.start + span.step * done, run, span.step if run > 1 else 1)
+        yield from to_landings(box._replace(spans=(*box.spans[:axis], piece, *box.spans[axis + 1 :]), base=base), shape)
+        done += run
 
 
 def _matched(box: Box, shape: tuple[int, ...]) -> tuple[Spans, Spans, tuple[int, ...]] | None:
@@ -56,8 +61,17 @@ def _matched(box: Box, shape: tuple[int, ...]) -> tuple[Spans, Spans, tuple[int,
 
 def _axis(stride: int, count: int, start: list[int], shape: tuple[int, ...]) -> int | None:
     """The axis along which ``count`` steps of ``stride`` stay inside the tensor."""
-    for axis, unit in enumerate(units(shape)):
-        step, rest = divmod(stride, unit)
-        if step and not rest and 0 <= start[axis] + step * (count - 1) < shape[axis]:
-            return axis
-    return None
+    return next((k for k in range(len(shape)) if _inside(stride, k, start, shape) >= count), None)
+
+
+def _run(stride: int, count: int, start: list[int], shape: tuple[int, ...]) -> int:
+    """How many of ``count`` places, ``stride`` apart, lie along one axis of the tensor; at least one does."""
+    return min(count, max(_inside(stride, k, start, shape) for k in range(len(shape)))) if shape else 1
+
+
+def _inside(stride: int, axis: int, start: list[int], shape: tuple[int, ...]) -> int:
+    """Places from ``start``, ``stride`` apart, before they leave the tensor along ``axis``; one if they run askew."""
+    step, rest = divmod(stride, units(shape)[axis])
+    if rest or not step:
+        return 1
+    return ((shape[axis] - 1 - start[axis]) // step if step > 0 else start[axis] // -step) + 1

@@ -21,6 +21,9 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 Load = Callable[[Iterator[tuple[str, torch.Tensor]]], object]
 """The engine's own loader: puts such an iterator into the parameters."""
 
+Parameters = Callable[[], Mapping[str, torch.Tensor]]
+"""Lists an engine's parameters by name, as they are now."""
+
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer of a module by all of its names, tied ones under each."""
@@ -31,31 +34,44 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trace(
-    parameters: Mapping[str, torch.Tensor], *, weights: Weights, load: Load, rank: int = 0, restore: bool = True
+    parameters: Parameters | Mapping[str, torch.Tensor],
+    *,
+    weights: Weights,
+    load: Load,
+    rank: int = 0,
+    restore: bool = True,
 ) -> WeightMap:
     """Where each element that ``load`` is handed lands in ``parameters``. Errors of ``load`` go through.
 
-    Memory: 8 bytes an element of the largest traced set of parameters for each pass. ``restore`` puts the values from
-    before back.
+    A function as ``parameters`` is asked again after each load, for loaders that make or replace parameters. Memory: 8
+    bytes an element of all parameters for each pass. ``restore`` puts the values from before back.
     """
-    infos = describe(parameters, rank)
-    live = {i.name: parameters[i.name] for i in infos if not i.same_as}
-    kept = {n: p.detach().clone() for n, p in live.items()} if restore else {}
+    listed: Parameters = parameters if callable(parameters) else lambda: parameters
+    kept = {n: p.detach().clone() for n, p in _owners(listed, rank).items()} if restore else {}
     sources = list_sources(weights())
-    coding = coding_for(({s.dtype for s in sources} | {p.dtype for p in live.values()}) - {torch.bool})
     try:
-        readings = _run_passes(live, sources, coding, weights, load)
-        probe = _probe(live, sources, weights, load)
+        _load(_owners(listed, rank), sources, weights, load, probe_values)
+        live = _owners(listed, rank)
+        probe = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        coding = coding_for(({s.dtype for s in sources} | {p.dtype for p in live.values()}) - {torch.bool})
+        readings = _run_passes(listed, sources, coding, weights=weights, load=load, rank=rank)
     finally:
+        live = _owners(listed, rank)
         for name, values in kept.items():
             live[name].detach().copy_(values)
-    found, probes = WeightMap(tensors=_tensors(sources), parameters=infos), probe_table(sources)
+    found, probes = WeightMap(tensors=_tensors(sources), parameters=describe(listed(), rank)), probe_table(sources)
     for name, reading in readings.items():
         reading.probe = probe[name].to(torch.float64)
-        landings, gaps = decode(name, reading, coding, sources, probes, rank)
+        landings, gaps = decode(name, reading, coding, sources, probes=probes, rank=rank)
         found.landings += landings
         found.gaps += gaps
     return explain_change(found, sources, probe)
+
+
+def _owners(listed: Parameters, rank: int) -> dict[str, torch.Tensor]:
+    """Each traced piece of memory once, by its first name."""
+    now = listed()
+    return {i.name: now[i.name] for i in describe(now, rank) if not i.same_as}
 
 
 def describe(parameters: Mapping[str, torch.Tensor], rank: int) -> list[ParameterInfo]:
@@ -88,27 +104,19 @@ def _tensors(sources: list[Source]) -> dict[str, TensorInfo]:
 
 
 def _run_passes(
-    live: Mapping[str, torch.Tensor], sources: list[Source], coding: Coding, weights: Weights, load: Load
+    listed: Parameters, sources: list[Source], coding: Coding, *, weights: Weights, load: Load, rank: int
 ) -> dict[str, Readings]:
-    readings = {name: Readings() for name in live}
+    readings = {name: Readings() for name in _owners(listed, rank)}
     for number in range(coding.passes):
 
         def fill(source: Source, number: int = number) -> torch.Tensor:
             addresses = torch.arange(source.start, source.start + source.size, dtype=torch.int64)
             return coding.digit(addresses, number).reshape(source.shape).to(source.dtype)
 
-        _load(live, sources, weights, load, fill)
-        for name, tensor in live.items():
+        _load(_owners(listed, rank), sources, weights, load, fill)
+        for name, tensor in _owners(listed, rank).items():
             add_reading(readings[name], tensor.detach().cpu())
     return readings
-
-
-def _probe(
-    live: Mapping[str, torch.Tensor], sources: list[Source], weights: Weights, load: Load
-) -> dict[str, torch.Tensor]:
-    """One more pass with numbers like a real model's, from which functions of a weight can be told."""
-    _load(live, sources, weights, load, probe_values)
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
 
 
 def _load(

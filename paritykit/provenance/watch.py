@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -51,6 +52,6 @@ def watch_load(
 
 def _try_trace(model: nn.Module, weights: Weights, load: Load, rank: int) -> tuple[WeightMap, str]:
     try:
-        return trace(named_tensors(model), weights=weights, load=load, rank=rank), ""
+        return trace(partial(named_tensors, model), weights=weights, load=load, rank=rank), ""
     except TRACE_ERRORS as error:
         return WeightMap(), f"{type(error).__name__}: {error}"

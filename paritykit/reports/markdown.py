@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from paritykit.reports.failure import failure_text, gap_lists
+from paritykit.reports.landings import is_wrong
 from paritykit.reports.wording import (
     WORDS,
     count,
@@ -18,9 +19,10 @@ from paritykit.reports.wording import (
     source,
     state,
 )  # fmt: skip
-from paritykit.results import Finding, Results
+from paritykit.results import Finding, Results, WeightRow
 
 BUDGET = 900_000
+WEIGHT_ROWS = 30
 ICONS = {"pass": "✅", "fail": "❌", "error": "⚠️", "inconclusive": "❔", "nothing": "❔", "skip": "⚪"}
 _PLAIN = re.compile(r"[\w.#\-/: ]+", re.ASCII)
 _ESCAPES = str.maketrans({c: f"&#{ord(c)};" for c in "&<>|`*_[]~\\#@!"})
@@ -38,7 +40,7 @@ def render(results: Results) -> bytes:
         *_block(failure_text(results)),
         *_checks(results),
     ]
-    return _fit(head, [_failing(results), _gaps(results)])
+    return _fit(head, [_failing(results), _weights(results), _gaps(results)])
 
 
 def _block(text: str) -> list[str]:
@@ -85,6 +87,23 @@ def _row(finding: Finding) -> str:
         + " | ".join(_name(cell) if n in (1, 2, 3, 4) and cell else _text(cell) for n, cell in enumerate(cells))
         + " |"
     )
+
+
+def _weights(results: Results) -> list[str]:
+    """The first weights with which something is wrong; of those that landed as they should, nothing."""
+    told = [row for row in results.weights if is_wrong(row)]
+    if not told:
+        return []
+    rows = [_weight(row) for row in told[:WEIGHT_ROWS]]
+    more = [f"| {len(told) - WEIGHT_ROWS:,} more |" + " |" * 6] if len(told) > WEIGHT_ROWS else []
+    head = "| status | tensor | source slice | parameter | target slice | rank | what |"
+    return [f"### {count(len(told), 'wrong landing')} of weights", "", head, "|" + "---|" * 7, *rows, *more]
+
+
+def _weight(row: WeightRow) -> str:
+    names = [_name(text) if text else "-" for text in (row.tensor, row.source, row.parameter, row.target)]
+    rank = str(row.rank) if row.tensor and row.parameter else "-"
+    return "| " + " | ".join([_text(row.status), *names, rank, _text(row.message)]) + " |"
 
 
 def _gaps(results: Results) -> list[str]:

@@ -22,7 +22,7 @@ ORIGINS = {
     "introduced": "introduced here (its input is within tolerance)",
     "inherited": "inherited (its input is already beyond tolerance)",
 }
-_LAYER = re.compile(r"\.(\d+)(?=[.#]|$)")
+_LAYER = re.compile(r"\.(\d{1,9})(?=[.#]|$)")
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _NARROWED = {"--check", "--case", "--jsonl", "--html", "--markdown", "--junit"}
 

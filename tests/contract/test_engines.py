@@ -35,7 +35,7 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def test_it_is_an_engine(opened: Any) -> None:
     assert isinstance(opened, Engine)
-    assert opened.capabilities <= {"logits", "decode", "teacher_forcing", "tensor_parallel"}
+    assert opened.capabilities <= {"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"}
     side = opened.describe()
     assert side.engine
     assert side.dtype == "float32"

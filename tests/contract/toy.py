@@ -43,12 +43,12 @@ def load_weights(model: Toy, weights: Iterable[Pair]) -> None:
         if parts[0] in ("embed", "head"):
             getattr(model, parts[0]).copy_(tensor)
             continue
-        layer = model.layers[int(parts[1])]
+        layer: Layer = model.layers[int(parts[1])]  # type: ignore[assignment]
         if parts[2] == "experts":
-            layer.experts[int(parts[3]), rows[parts[4]]] = tensor
+            layer.experts.data[int(parts[3]), rows[parts[4]]] = tensor
         elif parts[2] in rows:
             target = layer.qkv if parts[3] == "weight" else layer.qkv_bias
-            target[rows[parts[2]]] = tensor
+            target.data[rows[parts[2]]] = tensor
         else:
             getattr(layer, parts[2]).copy_(tensor)
 

@@ -15,8 +15,10 @@ from paritykit.case import cases
 from paritykit.config import load_config
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.process import HostProcess, ProcessEngine
+from paritykit.ledger.judge import Judged, judge_weights
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.results import Results
-from paritykit.runner import compare_captures
+from paritykit.runner import compare_captures, weight_subject
 from paritykit.testing import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +27,9 @@ ROOT = Path(__file__).parents[2]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share engines stay with one worker."""
     for item in items:
-        if "bench" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("bench"))
+        fixtures = getattr(item, "fixturenames", ())
+        if "bench" in fixtures or "yard" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("bench" if "bench" in fixtures else "yard"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +54,7 @@ class Bench:
         self._folder = folder
         self._references: dict[str, Capture] = {}
         self._count = 0
+        self.ledgers: dict[str, list[RankLedger]] = {}
 
     def reference(self, model: Path, *, names: tuple[str, ...] = ("smoke",), **arguments: Any) -> Capture:
         key = f"{model.name}{names}{arguments}"
@@ -76,6 +80,8 @@ class Bench:
         engine = ProcessEngine(kind.removesuffix("-tp"), str(model), arguments, host=self._hosts[kind])
         engine.open()
         try:
+            if "ledger" in engine.capabilities:
+                self.ledgers[str(model)] = engine.ledger()
             return engine.run(todo, points=Selection(), out=self._folder / f"{self._count}")
         finally:
             engine.close()
@@ -84,6 +90,35 @@ class Bench:
 @pytest.fixture(scope="session")
 def bench(hosts: dict[str, HostProcess], tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(hosts, tmp_path_factory.mktemp("captures"))
+
+
+class Yard:
+    """Loads models, and judges where their weights went; for each number of ranks one process."""
+
+    def __init__(self) -> None:
+        self._hosts = {ranks: HostProcess() for ranks in (1, 2)}
+
+    def load(self, model: Path, *, ranks: int = 1, fault: str = "", **arguments: Any) -> Judged:
+        arguments |= {"dtype": arguments.get("dtype", "float32"), "tensor_parallel_size": ranks}
+        if fault:
+            arguments["before_load"] = f"tests.integration.planted_loading:{fault}"
+        engine = ProcessEngine("vllm", str(model), arguments, host=self._hosts[ranks])
+        engine.open()
+        try:
+            return judge_weights(weight_subject(engine.ledger(), Checkpoint.find(str(model)), dtype=arguments["dtype"]))
+        finally:
+            engine.close()
+
+    def stop(self) -> None:
+        for host in self._hosts.values():
+            host.stop()
+
+
+@pytest.fixture(scope="session")
+def yard(importable: None) -> Iterator[Yard]:
+    found = Yard()
+    yield found
+    found.stop()
 
 
 @pytest.fixture(scope="session")

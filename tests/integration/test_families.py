@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from paritykit.captures.manifest import Manifest
+from paritykit.captures.reader import Capture
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.ledger.judge import judge_weights
+from paritykit.mapping.build import build_mapping
+from paritykit.runner import weight_subject
 from paritykit.testing import TINY_FAMILIES, tiny_model
 from tests.integration.conftest import Bench
 
@@ -20,6 +27,36 @@ def test_family_is_at_parity_in_float32(bench: Bench, family: str) -> None:
     worst = max(measured, key=lambda f: f.metrics["rel_max"] or 0.0)
     assert (worst.metrics["rel_max"] or 0.0) < WORST, worst
     assert {f.positions for f in measured if f.case == "long-200"} == {(0, 206)}
+    judged = judge_weights(
+        weight_subject(
+            bench.ledgers[str(tiny_model(family))], Checkpoint.find(str(tiny_model(family))), dtype="float32"
+        )
+    )
+    assert [f for f in judged.findings if f.verdict != "pass"] == []
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mixtral", "qwen3_moe", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_alone_say_what_the_engine_declares(bench: Bench, family: str, ranks: int) -> None:
+    """No rule by name: the same map follows from where the weights landed."""
+    reference = bench.reference(tiny_model(family), names=("short",))
+    candidate = bench.candidate(tiny_model(family), reference, tensor_parallel_size=ranks)
+    declared, traced = (
+        build_mapping(reference.manifest, without(candidate, *facts))
+        for facts in (("landings",), ("names", "packed", "fused"))
+    )
+    assert traced.misfits == []
+    assert {r.reference: (r.candidate, r.blocks) for r in declared.rules}.items() <= {
+        r.reference: (r.candidate, r.blocks) for r in traced.rules
+    }.items()
+    both = build_mapping(reference.manifest, candidate.manifest)
+    assert both.disagreements == []
+    assert sum(r.source == "weight provenance" for r in both.rules) > len(both.rules) / 2
+
+
+def without(capture: Capture, *facts: str) -> Manifest:
+    kept = {k: v for k, v in capture.manifest.facts.items() if k not in facts}
+    return msgspec.structs.replace(capture.manifest, facts=kept)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "phi3"])

@@ -19,6 +19,7 @@ from paritykit.results import (
     Summary,
     Unmatched,
     Verdict,
+    WeightRow,
 )
 
 PORTS = (
@@ -179,6 +180,86 @@ def renamed(results: Results, name: str) -> Results:
         findings=findings,
         summary=summary,
     )
+
+
+def landed(*, layers: int = 4, experts: int = 2) -> list[WeightRow]:
+    """A checkpoint on two ranks: fused, stacked, transposed and offset; the vocabulary is padded on the second."""
+    embedding = "model.embed_tokens.weight"
+    rows = [
+        _row(embedding, place=(0, "[0:256, :]", "[:, :]"), elements=24576),
+        _row(embedding, place=(1, "[256:499, :]", "[0:243, :]"), elements=23328),
+    ]
+    for n in range(layers):
+        for rank in (0, 1):
+            rows += _layer(f"model.layers.{n}", experts, rank)
+    return rows
+
+
+def _layer(at: str, experts: int, rank: int) -> list[WeightRow]:
+    q, kv = f"[{64 * rank}:{64 * rank + 64}, :]", f"[{32 * rank}:{32 * rank + 32}, :]"
+    fused, stack = f"{at}.self_attn.qkv_proj.weight", f"{at}.mlp.experts.w13_weight"
+    rows = [
+        _row(f"{at}.self_attn.q_proj.weight", to=fused, place=(rank, q, "[0:64, :]"), elements=6144),
+        _row(f"{at}.self_attn.k_proj.weight", to=fused, place=(rank, kv, "[64:96, :]"), elements=3072),
+        _row(f"{at}.self_attn.v_proj.weight", to=fused, place=(rank, kv, "[96:128, :]"), elements=3072),
+        _row(f"{at}.self_attn.o_proj.weight", place=(rank, q, "[:, :]"), elements=6144, change="transposed"),
+        _row(f"{at}.input_layernorm.weight", place=(rank, "[:]", "[:]"), elements=96, change="+1"),
+    ]
+    for e in range(experts):
+        name = f"{at}.mlp.experts.{e}"
+        rows += [
+            _row(f"{name}.w1.weight", to=stack, place=(rank, q, f"[{e}, 0:64, :]"), elements=6144),
+            _row(f"{name}.w3.weight", to=stack, place=(rank, q, f"[{e}, 64:128, :]"), elements=6144),
+        ]
+    return rows
+
+
+def _row(tensor: str, *, place: tuple[int, str, str], elements: int, to: str = "", change: str = "") -> WeightRow:
+    rank, source, target = place
+    return WeightRow(
+        tensor=tensor, parameter=to or tensor, rank=rank, source=source, target=target, change=change,
+        elements=elements, dtype="bfloat16",
+    )  # fmt: skip
+
+
+LOST = "model.layers.2.self_attn.k_proj.weight"
+EMPTY = "model.layers.2.self_attn.qkv_proj.weight"
+LOST_MESSAGE = f"{LOST} was handed to the loader and ignored"
+
+
+def weights_run(*, lost: bool = False, **sizes: int) -> Results:
+    """A run of the check ``weights``; with ``lost``, a projection of layer 2 that landed nowhere."""
+    rows = landed(**sizes)
+    if lost:
+        rows = [r for r in rows if r.tensor != LOST]
+        rows += [
+            WeightRow(tensor=LOST, elements=6144, dtype="bfloat16", status="unread", message=LOST_MESSAGE),
+            WeightRow(
+                parameter=EMPTY, elements=6144, status="unwritten", message=f"{EMPTY}[64:96, :] is never written"
+            ),
+        ]
+    return with_weights(rows)
+
+
+def with_weights(rows: list[WeightRow]) -> Results:
+    """A run of the check ``weights`` with these records, and a finding for each name."""
+    by_name = {r.tensor or r.parameter: r for r in rows}
+    found = [
+        Finding(
+            check="weights", case="", point=name, verdict="pass" if r.status in ("pass", "skip") else "fail",
+            metric=r.status, value=float(r.elements), allowed=0.0, order=n, message=r.message, origin="introduced",
+        )
+        for n, (name, r) in enumerate(by_name.items())
+    ]  # fmt: skip
+    failed = [f for f in found if f.verdict == "fail"]
+    first = Divergence(check="weights", case="", point=failed[0].point, origin="introduced") if failed else None
+    verdict: Verdict = "fail" if failed else "pass"
+    summary = Summary(
+        verdict=verdict, compared=len(found), failed=len(failed), skipped=0, unmatched=0, first_divergence=first,
+        checks={"weights": verdict},
+    )  # fmt: skip
+    run = msgspec.structs.replace(_run(), checks=["weights"], command="paritykit weights tiny:qwen2")
+    return Results(run=run, findings=found, weights=rows, summary=summary)
 
 
 def _run() -> Run:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
 
-from paritykit.engines.vllm.semantics import other_meaning
+from paritykit.engines.vllm.semantics import PARTIAL, is_partial, other_meaning
 
 Part = dict[str, int]
 
@@ -22,6 +23,8 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     named = list(model.named_modules(remove_duplicate=False))
     fused = {n: parts for n, m in named if (parts := fused_parts(m))}
     meanings = {n: reason for n, m in named if (reason := other_meaning(m))}
+    for name in [n for n, m in named if is_partial(m)]:
+        meanings |= dict.fromkeys(filter(None, (name, name.rpartition(".")[0])), PARTIAL)
     packed = {k: list(v) for k, v in (getattr(model, "packed_modules_mapping", None) or {}).items()}
     return {
         "modules": [n for n, _ in named],
@@ -45,7 +48,8 @@ def fused_parts(module: Any) -> list[Part]:
             {"total": v * size // replicas, "local": v, "replicas": replicas},
         ]
     if "MergedColumnParallelLinear" in names:
-        return [{"total": int(s), "local": int(s) // size, "replicas": 1} for s in module.output_sizes]
+        replicas = max(1, get_tensor_model_parallel_world_size() // size)
+        return [{"total": int(s), "local": int(s) // size, "replicas": replicas} for s in module.output_sizes]
     return []
 
 

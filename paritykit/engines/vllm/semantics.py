@@ -16,6 +16,7 @@ from paritykit.captures.recorder import Seen
 ROTARY = "vLLM's rotary module returns rotated q and k, not cos and sin; its effect shows at the attention's output"
 FUSED_ACTIVATION = "vLLM's activation multiplies gate and up; the product is compared as down_proj#input"
 ATTENTION_CORE = "the attention core has no module in the reference; its output is compared as o_proj#input"
+PARTIAL = "a partial sum on each rank here; it is reduced further out, where it is compared"
 LOGITS = "vLLM applies the head in its logits processor; compared as #logits"
 
 
@@ -34,6 +35,12 @@ def is_row_parallel(module: nn.Module) -> bool:
     return any(c.__name__ == "RowParallelLinear" for c in type(module).__mro__)
 
 
+def is_partial(module: nn.Module) -> bool:
+    """Whether the module's output, and so that of the block it ends, is one rank's share of a sum."""
+    found: Any = module
+    return is_row_parallel(module) and found.tp_size > 1 and not found.reduce_results
+
+
 def other_meaning(module: nn.Module) -> str:
     """Why the module's output must not be compared by name; empty if it may be."""
     names = {c.__name__ for c in type(module).__mro__}
@@ -46,13 +53,25 @@ def other_meaning(module: nn.Module) -> str:
     return LOGITS if "LogitsProcessor" in names else ""
 
 
+def has_batch_axis(model: nn.Module) -> bool:
+    """Whether activations are ``[1, tokens, ...]``: models that vLLM runs through transformers' own code."""
+    return any(c.__module__.startswith("vllm.model_executor.models.transformers") for c in type(model).__mro__)
+
+
 class VllmReading:
-    """Which tensors of a vLLM module are points. Norms and row-parallel linears also show their input."""
+    """Which tensors of a vLLM module are points. Norms and row-parallel linears also show their input.
+
+    A layer gives hidden and residual apart where a norm inside it was handed both; otherwise its first tensor is all.
+    """
+
+    def __init__(self) -> None:
+        self._fused: set[int] = set()
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
         """A norm's input is hidden plus residual: the residual stream; a row-parallel linear's is its slice."""
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         if is_norm(module) and tensors:
+            (self._fused.add if len(tensors) > 1 else self._fused.discard)(id(module))
             yield Seen("input", tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0])
         elif is_row_parallel(module) and tensors:
             yield Seen("input", tensors[0])
@@ -61,19 +80,21 @@ class VllmReading:
         """The tensor that the module of the same name gives in Hugging Face."""
         if other_meaning(module):
             return
-        tensor = meaning_of(module, output)
+        apart = any(id(child) in self._fused for child in module.children())
+        tensor = meaning_of(module, output, apart=apart)
         if tensor is not None:
             yield Seen("", tensor)
 
 
-def meaning_of(module: nn.Module, output: Any) -> torch.Tensor | None:
-    """The one tensor of an output: first of a linear's or norm's pair, hidden plus residual of a layer's."""
+def meaning_of(module: nn.Module, output: Any, *, apart: bool = False) -> torch.Tensor | None:
+    """The one tensor of an output: the first, or hidden plus residual where a module gives them ``apart``."""
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     if not isinstance(output, tuple | list) or not output or not isinstance(output[0], torch.Tensor):
         return None
     first = output[0]
     second = output[1] if len(output) > 1 else None
-    if is_linear(module) or is_norm(module) or not isinstance(second, torch.Tensor) or second.shape != first.shape:
+    whole = not apart or is_linear(module) or is_norm(module)
+    if whole or not isinstance(second, torch.Tensor) or second.shape != first.shape:
         return first
     return first + second

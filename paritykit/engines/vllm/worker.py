@@ -19,7 +19,7 @@ from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
 from paritykit.engines.vllm.loader import LEDGERS
-from paritykit.engines.vllm.semantics import VllmReading, meaning_of
+from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
@@ -162,7 +162,7 @@ class _Session:
         self._segments = [] if get_forward_context().attn_metadata is None else self._labels()
         if self._segments:
             rows = sum(s.length for s in self._segments)
-            self._recorder.begin(self._segments, partial(_actual_rows, rows))
+            self._recorder.begin(self._segments, partial(_actual_rows, rows, has_batch_axis(self._model)))
 
     def _labels(self) -> list[Segment]:
         """Requests of this step in row order; a request that is no case of ours ends the recording."""
@@ -206,7 +206,9 @@ class _Session:
         return logits
 
 
-def _actual_rows(rows: int, tensor: torch.Tensor, key: str) -> torch.Tensor | None:
-    """``tensor`` without padding rows; None where its first axis is not the tokens."""
+def _actual_rows(rows: int, batched: bool, tensor: torch.Tensor, key: str) -> torch.Tensor | None:
+    """``tensor`` without padding rows and batch axis; None where its first axis is not the tokens."""
     del key
+    if batched and tensor.dim() > 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
     return tensor[:rows] if tensor.dim() >= 2 and tensor.shape[0] >= rows else None

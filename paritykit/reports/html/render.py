@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from paritykit.reports.html import sections, view
 from paritykit.reports.html.columns import Packed, pack
+from paritykit.reports.html.landed import weights_of
 from paritykit.reports.html.rows import LABELS, LETTERS, Row, rows_of, tally
 from paritykit.reports.wording import WORDS, headline, headroom, measured, number, repro, shorten, source, state
 from paritykit.results import Results
@@ -51,13 +52,14 @@ def _context(results: Results, rows: list[Row], packed: Packed) -> dict[str, Any
         "labels": LABELS, "letters": LETTERS, "gaps": gaps, "more_gaps": more_gaps,
         "tokens": tokens, "more_tokens": more_tokens, "policies": sections.policies_of(results), "packed": packed,
         "nothing": view.coverage_words(results), "profiles": any(f.metric for f in results.findings),
-        "css": _css(), "script": _script(),
+        "weights": weights_of(results), "css": _css(results), "script": _script(results),
     }  # fmt: skip
 
 
-def _css() -> Markup:
+def _css(results: Results) -> Markup:
     """The styles; the dark palette twice, for a reader who asked for it and for a system that is set to it."""
     text = _read("vendor/uPlot.min.css") + _DARK.sub(_dark_twice, _read("template/report.css"), count=1)
+    text += _read("template/weights.css") if results.weights else ""
     return Markup(_COMMENT.sub("", text))  # noqa: S704  (the package's own files)
 
 
@@ -65,10 +67,11 @@ def _dark_twice(found: re.Match[str]) -> str:
     return f'{found[0]}\n@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {found[1]} }}'
 
 
-def _script() -> Markup:
+def _script(results: Results) -> Markup:
     """uPlot with its licence, then the page's own script in one scope."""
     licence = "/*!\n" + _read("vendor/LICENSE.uPlot").replace("*/", "") + "*/\n"
-    own = "\n".join(_read(f"template/js/{name}.js") for name in SCRIPTS)
+    names = (*SCRIPTS, "weights") if results.weights else SCRIPTS
+    own = "\n".join(_read(f"template/js/{name}.js") for name in names)
     text = f'{licence}{_read("vendor/uPlot.iife.min.js")}\n(() => {{\n"use strict";\n{own}\n}})();\n'
     return Markup(text)  # noqa: S704  (the package's own files)
 

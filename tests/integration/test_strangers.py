@@ -1,0 +1,44 @@
+"""Architectures that nobody wrote a line for: their ledgers are complete, and their modules find each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.ledger.judge import judge_weights
+from paritykit.results import Results
+from paritykit.runner import compare_captures, weight_subject
+from tests.integration.conftest import Bench
+from tests.integration.strangers import make
+
+
+def compared(bench: Bench, model: Path, **arguments: object) -> Results:
+    reference = bench.reference(model, names=("short", "long-40"))
+    results = compare_captures(reference, bench.candidate(model, reference, **arguments))
+    subject = weight_subject(bench.ledgers[str(model)], Checkpoint.find(str(model)), dtype="float32")
+    judged = judge_weights(subject)
+    assert [f for f in judged.findings if f.verdict not in ("pass", "skip")] == []
+    return results
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "stablelm", "olmo2", "granite", "starcoder2", "phi", "falcon"])
+def test_stranger_is_at_parity_without_any_rule(bench: Bench, tmp_path: Path, kind: str) -> None:
+    results = compared(bench, make(kind, tmp_path / kind))
+    assert results.summary.verdict == "pass", results.summary
+    assert results.summary.unmatched == 0, [c.unmatched for c in results.coverage]
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_maps(bench: Bench, tmp_path: Path, kind: str) -> None:
+    """vLLM's rotary kernel for CPUs is wrong for the shapes of latent attention: found, and nowhere but there."""
+    results = compared(bench, make(kind, tmp_path / kind), attention_backend="CPU_MLA")
+    assert [u for c in results.coverage for u in c.unmatched if u.side == "reference"] == []
+    introduced = {f.located for f in results.findings if f.check == "modules" and f.origin == "introduced"}
+    first = results.summary.first_divergence
+    assert first is not None
+    assert first.point == "model.layers.0.self_attn"
+    assert introduced <= {f"model.layers.{n}.self_attn" for n in range(3)}
+    shown = next(f for f in results.findings if f.point == first.seen_at and f.case == "long-40")
+    assert shown.failing[0][0] == 1
