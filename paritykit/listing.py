@@ -12,6 +12,7 @@ from paritykit.reports import REPORTS
 ENGINE_LINES = {
     "hf": "the reference: transformers, one case at a time",
     "vllm": "vLLM, hooked in its workers",
+    "nano": "the embedded engine: paged or contiguous KV cache, tensor parallelism, no vLLM needed",
     "module": "any nn.Module of your own (from Python)",
 }
 

@@ -10,6 +10,7 @@ from paritykit.registry import Registry
 ENGINES: Registry[Any] = Registry("engine")
 ENGINES.register("hf", "paritykit.engines.hf:HFEngine")
 ENGINES.register("vllm", "paritykit.engines.vllm.engine:VllmEngine")
+ENGINES.register("nano", "paritykit.engines.nano.engine:NanoEngine")
 ENGINES.register("module", "paritykit.engines.module:ModuleEngine")
 
 

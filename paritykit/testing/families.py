@@ -52,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(model_type="qwen2", config=_NARROW),
     "llama": Family(model_type="llama", config=_WIDE_HEADS),
     "llama_tied": Family(model_type="llama", config={**_WIDE_HEADS, "tie_word_embeddings": True}),
+    "mistral": Family(model_type="mistral", config={**_WIDE_HEADS, "sliding_window": 16}),
     "qwen3": Family(model_type="qwen3", config=_WIDE_HEADS),
     "gemma2": Family(
         model_type="gemma2",

@@ -1,0 +1,1 @@
+"""The embedded engine: small, readable, always there. Each step of it can be checked against the one before."""

@@ -1,0 +1,162 @@
+"""nano as an engine of ParityKit: runs cases, records every module on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+import paritykit
+from paritykit.captures.manifest import Manifest, Part
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Selection
+from paritykit.captures.writer import CaptureFolder
+from paritykit.case import Case
+from paritykit.engines.base import Progress, batches
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.nano.core import NanoLLM, describe_settings
+from paritykit.errors import EngineError
+from paritykit.provenance.weightmap import RankLedger
+from paritykit.results import Side
+
+
+class NanoEngine:
+    """``engine("nano", MODEL, kv="paged", block_size=16, tensor_parallel_size=2, ...)``.
+
+    Arguments are the fields of ``paritykit.engines.nano.settings.Settings``. With prefix caching a case's cached
+    positions are computed all the same, from the cached keys and values, so that nothing is missing from the capture.
+    ``provenance`` traces the loader. ``after_load`` is ``package.module:function``, called on every rank's
+    worker with ``after_load_args``, to change the loaded model.
+    """
+
+    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"})
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        after_load: str = "",
+        after_load_args: dict[str, Any] | None = None,
+        provenance: bool = True,
+        **arguments: Any,
+    ) -> None:
+        self.checkpoint = Checkpoint.find(model)
+        self._arguments = {"dtype": dtype, "provenance": provenance, **arguments}
+        self._after_load = (after_load, after_load_args or {})
+        self._llm: NanoLLM | None = None
+        self._ledgers: list[RankLedger] = []
+
+    def open(self) -> None:
+        """Load the model on every rank."""
+        self._llm = NanoLLM(self.checkpoint.path, **self._arguments)
+        target, arguments = self._after_load
+        if target:
+            self._llm.team.call("call", target, arguments)
+        if self._arguments["provenance"]:
+            self._ledgers = self._llm.team.call("ledger", kind=RankLedger)
+
+    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+        """See ``Engine.run``; cases of a batch are scheduled together, as the engine's settings allow."""
+        with CaptureFolder(out) as folder:
+            self.llm.begin_recording(folder.path, None if points.patterns is None else list(points.patterns))
+            try:
+                generated = self._generate(cases, progress)
+            except BaseException:
+                self._forget()
+                raise
+            ended = self.llm.end_recording(tuple[Part, str])
+            for rank, (_, error) in enumerate(ended):
+                if error:
+                    raise EngineError(f"recording on rank {rank} of nano failed: {error}")
+            landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
+            facts = {**self.llm.team.worker.facts(), "landings": landings}
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
+            return Capture.open(folder.commit(manifest, [part for part, _ in ended]), verify=False)
+
+    def describe(self) -> Side:
+        """The engine as it really runs."""
+        settings = self.llm.settings
+        return Side(
+            engine="nano",
+            model=str(self.checkpoint.path),
+            dtype=settings.dtype,
+            device=settings.device,
+            digest=self.checkpoint.digest,
+            attention_backend=settings.attention_backend,
+            parallel={"tensor_parallel_size": settings.tensor_parallel_size},
+            versions={"paritykit": paritykit.__version__, "torch": str(torch.__version__)},
+            args=describe_settings(settings),
+        )
+
+    def ledger(self) -> list[RankLedger]:
+        """Where every weight landed on each rank, and whether its numbers arrived. Raises EngineError if not traced."""
+        if not self._ledgers:
+            raise EngineError("nano's loader was not traced: the engine is not open, or provenance is off")
+        return self._ledgers
+
+    def close(self) -> None:
+        """End the ranks and drop the model."""
+        if self._llm is not None:
+            self._llm.close()
+            self._llm = None
+            gc.collect()
+
+    def load_weights(self, folder: str) -> None:
+        """Load other weights of the same names and shapes, on every rank. Raises EngineError."""
+        self.llm.team.call("load", folder)
+
+    def parameters(self) -> list[dict[str, torch.Tensor]]:
+        """Every rank's parameters by name, as that rank holds them."""
+        with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
+            self.llm.team.call("save_parameters", folder)
+            return [load_file(f"{folder}/rank{n}.safetensors") for n in range(self.llm.settings.tensor_parallel_size)]
+
+    def replay(self, module: str, *inputs: torch.Tensor) -> torch.Tensor:
+        """What one module gives for ``inputs``, ``[tokens, ...]`` each, taken as one request from position 0 on.
+
+        Under tensor parallelism inputs go to every rank as they are. Raises UsageError where they do not fit.
+        """
+        with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
+            source, target = f"{folder}/inputs.safetensors", f"{folder}/output.safetensors"
+            save_file({f"{n:03d}": t.contiguous() for n, t in enumerate(inputs)}, source)
+            self.llm.team.call("replay", module, source, target)
+            output: torch.Tensor = load_file(target)["output"]
+            return output
+
+    @property
+    def llm(self) -> NanoLLM:
+        """The open core. Raises EngineError before ``open``."""
+        if self._llm is None:
+            raise EngineError("engine 'nano' is not open")
+        return self._llm
+
+    def _generate(self, cases: list[Case], progress: Progress | None) -> dict[str, list[int]]:
+        index = {c.id: n for n, c in enumerate(cases)}
+        chosen: dict[str, list[int]] = {c.id: [] for c in cases}
+        groups = batches(cases)
+        for number, group in enumerate(groups):
+            if progress:
+                progress("nano", number, len(groups))
+            for case in group:
+                self.llm.add_request(
+                    case.tokens, id=case.id, max_tokens=case.new_tokens, forced=case.forced, label=index[case.id]
+                )
+            while self.llm.unfinished:
+                for output in self.llm.step():
+                    if output.token is not None:
+                        chosen[output.id].append(output.token)
+        return chosen
+
+    def _forget(self) -> None:
+        """After a failed run: no hooks, no requests, so that the next run starts clean; dead ranks stay dead."""
+        for request in (*self.llm.scheduler.running, *self.llm.scheduler.waiting):
+            self.llm.scheduler.remove(request)
+        with contextlib.suppress(EngineError):
+            self.llm.team.call("end")

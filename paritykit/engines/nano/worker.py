@@ -1,0 +1,133 @@
+"""One rank: its part of the model and of the KV cache, and the orders it carries out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from paritykit.captures.manifest import Part
+from paritykit.captures.recorder import Seen
+from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.nano.attention import find_backend
+from paritykit.engines.nano.config import NanoConfig
+from paritykit.engines.nano.facts import module_facts
+from paritykit.engines.nano.group import Group
+from paritykit.engines.nano.kv import ContiguousCache, LayerCache, Slots
+from paritykit.engines.nano.model import CausalLM
+from paritykit.engines.nano.paged import PagedCache
+from paritykit.engines.nano.parameter import Build
+from paritykit.engines.nano.recording import Recording
+from paritykit.engines.nano.replay import replay_module
+from paritykit.engines.nano.settings import Settings
+from paritykit.engines.nano.step import Plan, Step
+from paritykit.engines.nano.weights import load_checkpoint
+from paritykit.errors import EngineError
+from paritykit.provenance.weightmap import RankLedger
+from paritykit.registry import load_attribute
+
+
+def build_model(config: NanoConfig, settings: Settings, group: Group) -> CausalLM:
+    """The model of one rank, its weights not loaded."""
+    build = Build(group, getattr(torch, settings.dtype), torch.device(settings.device))
+    return CausalLM(config, build, backend=find_backend(settings.attention_backend)).eval()
+
+
+class Worker:
+    """Built with every setting resolved. Its methods are called on all ranks alike."""
+
+    def __init__(self, settings: Settings, group: Group) -> None:
+        self.settings, self.group = settings, group
+        self.device = torch.device(settings.device)
+        self.model = build_model(NanoConfig.of(Checkpoint(Path(settings.model))), settings, group)
+        if settings.before_load:
+            prepare = load_attribute(settings.before_load, kind="before_load function")
+            prepare(self.model, rank=group.rank, **settings.before_load_args)
+        self._ledger = load_checkpoint(
+            self.model, Path(settings.model), rank=group.rank, provenance=settings.provenance
+        )
+        self.caches = [self.make_cache() for _ in self.model.attentions()]
+        for (_, attention), cache in zip(self.model.attentions(), self.caches, strict=True):
+            attention.attn.cache = cache
+        self._recording: Recording | None = None
+
+    def make_cache(self, num_blocks: int = 0) -> LayerCache:
+        """An empty cache for one layer, with blocks as in the settings."""
+        settings, heads = self.settings, self.model.attentions()[0][1].qkv_proj.kv_heads
+        slots = (num_blocks or settings.num_blocks) * settings.block_size
+        keys, values = (
+            Slots(slots, heads, self.model.config.head_dim, dtype=getattr(torch, settings.kv_dtype), device=self.device)
+            for _ in range(2)
+        )
+        return (PagedCache if settings.kv == "paged" else ContiguousCache)(keys, values, settings.block_size)
+
+    @torch.no_grad()
+    def run(self, plan: Plan) -> torch.Tensor:
+        """Compute a step; logits ``[sampled chunks, vocabulary]``."""
+        for source, target in plan.copies:
+            for cache in self.caches:
+                cache.copy(source, target)
+        step = Step.make(plan, block_size=self.settings.block_size, device=self.device)
+        recording = self._recording
+        if recording is not None:
+            recording.begin(step)
+        hidden = self.model(step)
+        if recording is None or not recording.wants_logits:
+            logits = self.model.compute_logits(hidden[step.sampled]) if step.sampled else hidden.new_empty(0, 0)
+        else:
+            whole = self.model.compute_logits(hidden)
+            recording.logits(Seen("logits", whole))
+            logits = whole[step.sampled]
+        if recording is not None:
+            recording.end()
+        return logits
+
+    def begin(self, folder: str, points: list[str] | None) -> None:
+        """Start recording into ``folder``; a recording that was left open is dropped."""
+        self.end()
+        self._recording = Recording(self.model, Path(folder), rank=self.group.rank, points=points)
+
+    def end(self) -> tuple[Part, str]:
+        """Stop recording; this rank's part, and the error that ended it early, if any."""
+        recording, self._recording = self._recording, None
+        return recording.finish() if recording is not None else (Part(), "")
+
+    @torch.no_grad()
+    def record_cache(self, label: int, table: list[int], length: int) -> None:
+        """Record what the cache holds of a request that ends."""
+        if self._recording is not None:
+            self._recording.cache(label, table, length)
+
+    def facts(self) -> dict[str, Any]:
+        """See ``module_facts``."""
+        return module_facts(self.model)
+
+    def ledger(self) -> RankLedger:
+        """Where this rank's loader put every weight. Raises EngineError if it was not traced."""
+        if self._ledger is None:
+            raise EngineError("nano's loader was not traced: provenance is off")
+        facts = self.facts()
+        return msgspec.structs.replace(self._ledger, names=facts["names"], fused=facts["fused"])
+
+    def call(self, target: str, arguments: dict[str, Any]) -> None:
+        """``package.module:function(worker, **arguments)``, to change a loaded model under test."""
+        load_attribute(target, kind="after_load function")(self, **arguments)
+
+    def load(self, folder: str) -> None:
+        """Load other weights of the same shapes."""
+        load_checkpoint(self.model, Path(folder))
+
+    def save_parameters(self, folder: str) -> None:
+        """Write every parameter as this rank holds it, to ``rank<n>.safetensors``."""
+        tensors = {n: p.data.detach().cpu().clone() for n, p in self.model.named_parameters()}
+        save_file(tensors, Path(folder) / f"rank{self.group.rank}.safetensors")
+
+    @torch.no_grad()
+    def replay(self, module: str, inputs: str, output: str) -> None:
+        """Run one module on the tensors in file ``inputs``; rank 0 writes what it gives to ``output``."""
+        result = replay_module(self, module, Path(inputs))
+        if self.group.rank == 0:
+            save_file({"output": result.contiguous()}, output)
