@@ -19,8 +19,10 @@ DEFAULTS: dict[str, Any] = {
     "reference_dtype": "float32",
     "min_coverage": 0.9,
     "tolerance": {},
+    "allow": [],
 }
-"""Every setting there is. ``tolerance`` overrides the fallback table: ``{"bfloat16": 0.03}``."""
+"""Every setting there is. ``tolerance`` overrides the fallback table: ``{"bfloat16": 0.03}``; ``allow`` lists
+what may be wrong with weights: ``{problem = "offset", name = ".*norm.weight", reason = "stored without the 1"}``."""
 
 
 class Value(msgspec.Struct, frozen=True):

@@ -27,9 +27,9 @@ from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
-from paritykit.ledger.expect import expect
+from paritykit.ledger.expect import expect, read_allowed
 from paritykit.ledger.judge import judge_weights
-from paritykit.ledger.subject import WeightSubject
+from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
@@ -67,6 +67,7 @@ class Session:
         self._checkpoint = checkpoint
         self.config = config or load_config()
         self._tolerance = check_overrides(self.config["tolerance"])
+        self._allowed = read_allowed(self.config["allow"], source=self.config.source("allow"))
         self._engines = {"reference": reference, "candidate": candidate}
         self._cases = cases
         self._rules = rules
@@ -182,7 +183,7 @@ class Session:
         """The candidate's ledgers beside what the checkpoint and the reference let expect."""
         engine: Any = self._opened_engine("candidate")
         ledgers: list[RankLedger] = engine.ledger()
-        return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype)
+        return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype, allowed=self._allowed)
 
     def _audit(self) -> Audit:
         assert self._checkpoint is not None
@@ -283,14 +284,17 @@ def assemble(
     return Results(run=run, cases=cases, coverage=coverage, findings=findings, weights=weights or [], summary=summary)
 
 
-def weight_subject(ledgers: list[RankLedger], checkpoint: Checkpoint | None, *, dtype: str) -> WeightSubject:
+def weight_subject(
+    ledgers: list[RankLedger], checkpoint: Checkpoint | None, *, dtype: str, allowed: list[Allowed] | None = None
+) -> WeightSubject:
     """What the ledger looks at; where there is no checkpoint to read, the tensors are those the loader was handed."""
     from paritykit.engines.layout import reference_layout
 
     tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
     layout = reference_layout(checkpoint) if checkpoint else None
-    return WeightSubject(ledgers, expect(tensors, ledger=ledgers[0], reference=layout, dtype=dtype))
+    expected = expect(tensors, ledger=ledgers[0], reference=layout, dtype=dtype, allowed=allowed)
+    return WeightSubject(ledgers, expected)
 
 
 def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint | None) -> Results:

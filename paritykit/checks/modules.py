@@ -25,7 +25,26 @@ def run(subject: Subject, case: str) -> list[Finding]:
         )
         for m in subject.mapping.misfits
     ]
-    return locate(found, subject.graph)
+    return locate(found, subject.graph) + disagreements(subject, case)
+
+
+def disagreements(subject: Subject, case: str) -> list[Finding]:
+    """A failing finding for every rule that says another place than where the module's weights are."""
+    return [
+        Finding(
+            check="modules",
+            case=case,
+            point=f"{d.reference}#mapping",
+            verdict="fail",
+            metric="mapping",
+            message=f"declared as {d.declared}, but its weights are in {d.landed}",
+            origin="introduced",
+            order=subject.graph.order(d.reference),
+            located=d.reference,
+            candidate_point=d.declared.partition(" ")[0],
+        )
+        for d in subject.mapping.disagreements
+    ]
 
 
 def cover(subject: Subject) -> Coverage:

@@ -9,7 +9,8 @@ import msgspec
 
 from paritykit.ledger.problem import Problem, on_rank, size_of
 from paritykit.ledger.problems import find_problems
-from paritykit.ledger.subject import WeightSubject, pattern
+from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.names import pattern
 from paritykit.provenance.weightmap import Landing, show, size
 from paritykit.results import Coverage, Finding, Unmatched, Verdict, WeightRow
 

@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from paritykit.ledger.problem import Problem, on_rank, size_of
-from paritykit.ledger.subject import WeightSubject, pattern
+from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.names import pattern
 from paritykit.provenance.weightmap import Landing, size
 
 OFFSET = re.compile(r"[+-]\d")

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, on_rank, size_of
-from paritykit.ledger.subject import WeightSubject, numbers, pattern
+from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.names import numbers, pattern
 from paritykit.provenance.weightmap import Landing, Spans, show, size
 
 

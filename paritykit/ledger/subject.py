@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from functools import cached_property
 
@@ -19,8 +18,6 @@ from paritykit.provenance.weightmap import (
     WeightMap,
     merge_ranks,
 )
-
-NUMBER = re.compile(r"(?<![A-Za-z_])\d+(?![A-Za-z_])")
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,21 +148,3 @@ class WeightSubject:
     def parts(self, parameter: str) -> list[Part]:
         """The parts of a fused parameter, in order along its axis of that size; empty where it has none."""
         return self.expected.fused.get(parameter.rpartition(".")[0], [])
-
-
-def pattern(name: str) -> str:
-    """A name without its numbers: layers and experts of one kind have the same.
-
-    >>> pattern("model.layers.3.mlp.experts.12.w1.weight")
-    'model.layers.*.mlp.experts.*.w1.weight'
-    """
-    return NUMBER.sub("*", name)
-
-
-def numbers(name: str) -> list[int]:
-    """The numbers in a name.
-
-    >>> numbers("model.layers.3.mlp.experts.12.w1.weight")
-    [3, 12]
-    """
-    return [int(n) for n in NUMBER.findall(name)]

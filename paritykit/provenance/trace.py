@@ -44,7 +44,8 @@ def trace(
     """Where each element that ``load`` is handed lands in ``parameters``. Errors of ``load`` go through.
 
     A function as ``parameters`` is asked again after each load, for loaders that make or replace parameters. Memory: 8
-    bytes an element of all parameters for each pass. ``restore`` puts the values from before back.
+    bytes an element of all parameters for each pass. ``restore`` puts the values from before back
+    where a parameter kept its shape.
     """
     listed: Parameters = parameters if callable(parameters) else lambda: parameters
     kept = {n: p.detach().clone() for n, p in _owners(listed, rank).items()} if restore else {}
@@ -56,10 +57,13 @@ def trace(
         coding = coding_for(({s.dtype for s in sources} | {p.dtype for p in live.values()}) - {torch.bool})
         readings = _run_passes(listed, sources, coding, weights=weights, load=load, rank=rank)
     finally:
-        live = _owners(listed, rank)
-        for name, values in kept.items():
-            live[name].detach().copy_(values)
-    found, probes = WeightMap(tensors=_tensors(sources), parameters=describe(listed(), rank)), probe_table(sources)
+        for name, tensor in _owners(listed, rank).items():
+            if name in kept and tensor.shape == kept[name].shape:
+                tensor.detach().copy_(kept[name])
+    found, probes = (
+        WeightMap(tensors=tensor_infos(weights()), parameters=describe(listed(), rank)),
+        probe_table(sources),
+    )
     for name, reading in readings.items():
         reading.probe = probe[name].to(torch.float64)
         landings, gaps = decode(name, reading, coding, sources, probes=probes, rank=rank)
@@ -96,9 +100,10 @@ def describe(parameters: Mapping[str, torch.Tensor], rank: int) -> list[Paramete
     return infos
 
 
-def _tensors(sources: list[Source]) -> dict[str, TensorInfo]:
+def tensor_infos(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorInfo]:
+    """What a loader is handed: each name with its shape, dtype and number of copies."""
     found: dict[str, TensorInfo] = {}
-    for s in sources:
+    for s in list_sources(weights):
         found[s.name] = TensorInfo(shape=s.shape, dtype=str(s.dtype).removeprefix("torch."), copies=s.copy + 1)
     return found
 

@@ -80,7 +80,7 @@ def closest(results: Results) -> list[Field]:
 
 
 def _where(first: Divergence, finding: Finding | None) -> list[Field]:
-    origin = f"    {ORIGINS[first.origin]}" if first.origin else ""
+    origin = f"    {ORIGINS[first.origin]}" if first.origin and first.case else ""
     found = [("first divergence", shorten(first.point, LIMIT) + origin)]
     if finding is None:
         return found

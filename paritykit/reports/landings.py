@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from paritykit.ledger.subject import NUMBER, numbers, pattern
+from paritykit.provenance.names import NUMBER, numbers, pattern
 from paritykit.results import WeightRow
 
 RIGHT = ("pass", "skip")

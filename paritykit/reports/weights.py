@@ -15,6 +15,8 @@ from paritykit.reports.landings import grouped, relative, target
 from paritykit.reports.wording import shorten
 from paritykit.results import Results, WeightRow
 
+WIDE = 1000
+"""Columns of a log file, where no line is cut."""
 STYLES = {"pass": "green", "skip": "dim"}
 Key = tuple[str, ...]
 
@@ -22,7 +24,8 @@ Key = tuple[str, ...]
 def print_weights(results: Results, *, console: Console, verbose: bool = False) -> None:
     """Print the tree of a run's weight records; ``verbose`` keeps every layer apart. Nothing for a run without."""
     if results.weights:
-        console.print(weight_tree(results.weights, merged=not verbose), soft_wrap=True, highlight=False)
+        width = None if console.is_terminal else WIDE
+        console.print(weight_tree(results.weights, merged=not verbose), width=width, crop=False, highlight=False)
 
 
 def weight_tree(rows: Iterable[WeightRow], *, merged: bool = True) -> Tree:

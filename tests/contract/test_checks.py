@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import paritykit as pk
+from paritykit.audit import audit
 from paritykit.checks import CHECKS
 from paritykit.checks.base import Check, ModelCheck
+from paritykit.runner import audit_results
 from paritykit.testing import tiny_model
 from tests.contract import toy
 from tests.contract.planted import FAULTS
@@ -85,4 +89,38 @@ def test_check_of_weights_is_quiet_on_a_clean_pair(toy_checkpoint: Path) -> None
     found = toy.run(toy_checkpoint)
     assert found.summary.verdict == "pass", found.results.findings
     assert found.summary.compared == len(toy.tensors())
+    found.raise_on_failure()
+
+
+def checkpoint_check(folder: Path) -> pk.ParityRun:
+    return pk.ParityRun(audit_results(audit(folder), "model"))
+
+
+def damaged(folder: Path, fault: str) -> None:
+    """One fault on disk, in a copy of a clean checkpoint."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if fault == "nonfinite":
+        tensors["model.norm.weight"][3] = float("nan")
+    elif fault == "missing-tensor":
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+    elif fault == "tie-mismatch":
+        del tensors["lm_head.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    if fault == "truncated-file":
+        file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("fault", CHECKS.get("checkpoint").detects)
+def test_check_of_the_checkpoint_sees_what_it_promises(model: Path, tmp_path: Path, fault: str) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    damaged(folder, fault)
+    found = checkpoint_check(folder)
+    assert found.summary.verdict == "fail", found.summary
+    assert fault in {f.metric for f in found.results.findings if f.verdict == "fail"}
+
+
+def test_check_of_the_checkpoint_is_quiet_on_a_clean_one(model: Path) -> None:
+    found = checkpoint_check(model)
+    assert found.summary.verdict == "pass", found.results.findings
     found.raise_on_failure()

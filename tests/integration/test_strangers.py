@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.integration.conftest import Bench
 from tests.integration.strangers import make
 
 
-def compared(bench: Bench, model: Path, **arguments: object) -> Results:
+def compared(bench: Bench, model: Path, **arguments: Any) -> Results:
     reference = bench.reference(model, names=("short", "long-40"))
     results = compare_captures(reference, bench.candidate(model, reference, **arguments))
     subject = weight_subject(bench.ledgers[str(model)], Checkpoint.find(str(model)), dtype="float32")

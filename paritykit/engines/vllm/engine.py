@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from paritykit.captures.writer import CaptureFolder
 from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.worker import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
-from paritykit.provenance.weightmap import RankLedger
+from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
@@ -70,12 +72,19 @@ class VllmEngine:
         self._llm: Any = None
         self._facts: list[dict[str, Any]] = []
         self._ledgers: list[RankLedger] = []
+        self._maps: Any = None
+        if not (self._watched and provenance):
+            self.capabilities = self.capabilities - {"ledger"}
 
     def open(self) -> None:
         """Start vLLM. Raises EngineMissingError if it does not import, EngineError if it does not start."""
         self._prepare_environment()
         vllm = import_vllm()
         self._check_arguments(vllm)
+        if self._watched and self._provenance and is_large(self.checkpoint):
+            self._maps = tempfile.NamedTemporaryFile(prefix="paritykit-maps-", suffix=".json")  # noqa: SIM115
+            self._maps.write(msgspec.json.encode(self._learned()))
+            self._maps.flush()
         try:
             self._llm = vllm.LLM(**self._all_arguments())
         except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
@@ -229,8 +238,21 @@ class VllmEngine:
         if self._watched:
             target, arguments = self._before_load
             orders = {"before_load": target, "before_load_args": arguments, "trace": self._provenance}
+            if self._maps is not None:
+                orders["known"] = self._maps.name
             defaults |= {"load_format": "paritykit", "model_loader_extra_config": orders}
         return defaults | self._arguments
+
+    def _learned(self) -> list[WeightMap]:
+        """The layout of a small sibling, which is started first."""
+        with tempfile.TemporaryDirectory(prefix="paritykit-sibling-") as name:
+            folder = make_sibling(self.checkpoint, Path(name) / "model", ranks=self._ranks)
+            small = VllmEngine(str(folder), dtype=self._dtype, tensor_parallel_size=self._ranks, **self._arguments)
+            try:
+                small.open()
+                return [r.found for r in small.ledger()]
+            finally:
+                small.close()
 
     @property
     def _watched(self) -> bool:

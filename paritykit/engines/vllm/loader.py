@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,13 +33,13 @@ class LoadOrders(msgspec.Struct, frozen=True, kw_only=True):
     """What to do around loading.
 
     ``before_load`` is ``package.module:function``, called with the model and ``before_load_args`` first. ``known`` is a
-    weight map made elsewhere (of a small sibling, scaled), JSON-encoded; without it the loader is traced.
+    file with the weight maps of a small sibling, one for each rank; without it the loader is traced.
     """
 
     before_load: str = ""
     before_load_args: dict[str, Any] = {}
     trace: bool = True
-    known: list[WeightMap] = []
+    known: str = ""
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -67,8 +68,13 @@ class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
                 load_real=partial(super().load_weights, model, model_config),
                 rank=rank,
                 padding=padding(model),
-                known=orders.known[rank] if orders.known else None,
+                known=read_maps(Path(orders.known))[rank] if orders.known else None,
             )
+
+
+def read_maps(path: Path) -> list[WeightMap]:
+    """The weight maps in a file, by rank."""
+    return msgspec.json.decode(path.read_bytes(), type=list[WeightMap])
 
 
 def padding(model: nn.Module) -> dict[str, tuple[int, str]]:

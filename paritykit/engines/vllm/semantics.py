@@ -17,6 +17,7 @@ ROTARY = "vLLM's rotary module returns rotated q and k, not cos and sin; its eff
 FUSED_ACTIVATION = "vLLM's activation multiplies gate and up; the product is compared as down_proj#input"
 ATTENTION_CORE = "the attention core has no module in the reference; its output is compared as o_proj#input"
 PARTIAL = "a partial sum on each rank here; it is reduced further out, where it is compared"
+SHARED_EXPERTS = "vLLM's experts add the shared ones, which the reference adds outside; the sum is compared around both"
 LOGITS = "vLLM applies the head in its logits processor; compared as #logits"
 
 
@@ -48,6 +49,8 @@ def other_meaning(module: nn.Module) -> str:
         return ROTARY
     if any(n.endswith("AndMul") for n in names):
         return FUSED_ACTIVATION
+    if getattr(module, "_shared_experts", None) is not None:
+        return SHARED_EXPERTS
     if "AttentionLayerBase" in names:
         return ATTENTION_CORE
     return LOGITS if "LogitsProcessor" in names else ""

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from paritykit.ledger.subject import NUMBER, pattern
+from paritykit.provenance.names import NUMBER, pattern
 from paritykit.reports.landings import LONGEST, is_wrong, joined, ranges, relative
 from paritykit.reports.wording import shorten
 from paritykit.results import WeightRow
