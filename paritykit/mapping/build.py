@@ -6,8 +6,9 @@ import math
 
 import msgspec
 
-from paritykit.captures.manifest import Manifest, Point, point_key
-from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix
+from paritykit.captures.manifest import Manifest, Point, point_key, split_key
+from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix, told
+from paritykit.mapping.landed import SOURCE, merge_blocks
 from paritykit.mapping.rules import Block, Ignored, Rule, fused_blocks, sized_blocks
 from paritykit.mapping.user import UserRule, expand
 from paritykit.results import Unmatched
@@ -50,6 +51,7 @@ class _Builder:
     ) -> None:
         self._user = user
         self._ignored = ignored
+        self._disagreements: list[Disagreement] = []
         self._modules = ModuleMap(reference, candidate)
         modules = [p.module for p in reference.points]
         self._ours = {p.key: p for p in reference.points if p.rank == 0}
@@ -93,7 +95,8 @@ class _Builder:
             skipped=[u for u in left if u.reason],
             unmatched=[u for u in left if not u.reason],
             misfits=misfits,
-            disagreements=[d for d in self._modules.disagreements if d.reference not in self._user],
+            disagreements=[d for d in self._modules.disagreements if d.reference not in self._user]
+            + self._disagreements,
         )
 
     def _explain(self, point: Point, rules: dict[str, Rule]) -> str:
@@ -121,7 +124,9 @@ class _Builder:
     def _rule(self, point: Point) -> Rule | Misfit | str:
         """The rule for a reference point, or the reason there is none (empty: unknown)."""
         if point.key in self._user:
-            return self._fitted(point, self._user[point.key])
+            fitted = self._fitted(point, self._user[point.key])
+            self._hold_against_weights(point, fitted)
+            return fitted
         if point.module in self._our_meanings:
             return self._our_meanings[point.module]
         place = self._modules[point.module]
@@ -141,6 +146,17 @@ class _Builder:
         wanted, local = math.prod(point.row), math.prod(self._theirs[rule.candidate].row)
         blocks = sized_blocks(wanted=wanted, local=local, ranks=self._ranks)
         return self._misfit(point, rule.candidate) if blocks is None else msgspec.structs.replace(rule, blocks=blocks)
+
+    def _hold_against_weights(self, point: Point, rule: Rule | Misfit) -> None:
+        """Note a rule of the user's that says another place than the one where the module's weights landed."""
+        place = self._modules[point.module]
+        module, port, _ = split_key(rule.candidate)
+        if place is None or place.source != SOURCE or point.port or port or isinstance(rule, Misfit):
+            return
+        blocks = merge_blocks(rule.blocks or (Block(0, 0, math.prod(point.row)),))
+        if module != place.module or place.blocks not in (None, blocks):
+            said, found = told(module, blocks), told(place.module, place.blocks)
+            self._disagreements.append(Disagreement(point.module, said, found))
 
     def _misfit(self, point: Point, key: str) -> Misfit:
         wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)

@@ -101,7 +101,7 @@ class ModuleMap:
             parameters=parameters,
             features=ours.get("features", {}),
             owner={p: m for p in parameters.values() if (m := p.rpartition(".")[0]) in known},
-            home={p: m for x in landings if (m := longest_prefix(p := x.parameter, self._modules))},
+            home={p: m for x in landings if (m := (p := x.parameter).rpartition(".")[0])},
         )
         for module, found in homes.items():
             home = self._recorded_home(module, found, homes)
@@ -109,8 +109,8 @@ class ModuleMap:
                 continue
             held = self._places.get(module)
             if held is not None and held.source in EXPLICIT and not self._agree(held, home):
-                declared = _told(held.module, self._declared_blocks(held))
-                self.disagreements.append(Disagreement(module, declared, _told(home.module, home.blocks)))
+                declared = told(held.module, self._declared_blocks(held))
+                self.disagreements.append(Disagreement(module, declared, told(home.module, home.blocks)))
             else:
                 part = held.part if held is not None and held.module == home.module else None
                 self._places[module] = Place(home.module, part, SOURCE, home.blocks)
@@ -177,10 +177,10 @@ def part_number(shard: str) -> int | None:
     return SHARDS.get(shard, int(shard) if shard.isdecimal() else None)
 
 
-def _told(module: str, blocks: tuple[Block, ...] | None) -> str:
+def told(module: str, blocks: tuple[Block, ...] | None) -> str:
     """A place in words.
 
-    >>> _told("qkv_proj", (Block(0, 0, 8),))
+    >>> told("qkv_proj", (Block(0, 0, 8),))
     'qkv_proj columns 0:8'
     """
     columns = [f"{f'rank {b.rank} ' if b.rank else ''}columns {b.start}:{b.start + b.length}" for b in blocks or ()]

@@ -55,12 +55,24 @@ def find_homes(
         there = home.get(landing.parameter)
         if module and there:
             modules[module][there][landing.tensor].append(landing)
+    mixed = _mixed(modules)
     found = {}
     for module, places in modules.items():
         if len(places) == 1:
             ((there, tensors),) = places.items()
-            found[module] = Home(there, _columns(tensors, features))
+            if there not in mixed:
+                found[module] = Home(there, _columns(tensors, features))
     return found
+
+
+def _mixed(modules: Mapping[str, Mapping[str, Mapping[str, list[Landing]]]]) -> set[str]:
+    """Candidate modules whose matrices stand for different reference modules: their output is neither's."""
+    users: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for module, places in modules.items():
+        for there, tensors in places.items():
+            for landing in (x for landings in tensors.values() for x in landings if len(x.target) > 1):
+                users[there][landing.parameter].add(module)
+    return {there for there, held in users.items() if len({frozenset(m) for m in held.values()}) > 1}
 
 
 def _columns(tensors: Mapping[str, list[Landing]], features: Mapping[str, int]) -> tuple[Block, ...] | None:
