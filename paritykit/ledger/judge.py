@@ -56,7 +56,11 @@ def _buffers(subject: WeightSubject) -> list[Unmatched]:
 def _untraced(subject: WeightSubject) -> Judged:
     findings = [
         Finding(
-            check=CHECK, case="", point=f"rank {rank}", verdict="error", message=f"the loader was not traced: {why}"
+            check=CHECK,
+            case="",
+            point=f"rank {rank}",
+            verdict="inconclusive",
+            message=f"the loader was not traced: {why}",
         )
         for rank, why in subject.errors.items()
     ]

@@ -21,7 +21,7 @@ from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
-from paritykit.engines.vllm.worker import CASE_KEY, CaseOrder, Orders, Outcome
+from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.results import Side
@@ -73,6 +73,7 @@ class VllmEngine:
         self._facts: list[dict[str, Any]] = []
         self._ledgers: list[RankLedger] = []
         self._maps: Any = None
+        self._untraced = ""
         if not (self._watched and provenance):
             self.capabilities = self.capabilities - {"ledger"}
 
@@ -82,9 +83,7 @@ class VllmEngine:
         vllm = import_vllm()
         self._check_arguments(vllm)
         if self._watched and self._provenance and is_large(self.checkpoint):
-            self._maps = tempfile.NamedTemporaryFile(prefix="paritykit-maps-", suffix=".json")  # noqa: SIM115
-            self._maps.write(msgspec.json.encode(self._learned()))
-            self._maps.flush()
+            self._learn()
         try:
             self._llm = vllm.LLM(**self._all_arguments())
         except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
@@ -140,7 +139,7 @@ class VllmEngine:
     def ledger(self) -> list[RankLedger]:
         """Where every weight landed on each rank, and whether its numbers arrived."""
         return [
-            msgspec.structs.replace(r, names=f["names"], fused=f["fused"])
+            msgspec.structs.replace(r, names=f["names"], fused=f["fused"], error=self._untraced or r.error)
             for r, f in zip(self._ledgers, self._facts, strict=True)
         ]
 
@@ -237,11 +236,23 @@ class VllmEngine:
             defaults["kv_cache_memory_bytes"] = kv_cache_bytes(self.checkpoint, length)
         if self._watched:
             target, arguments = self._before_load
-            orders = {"before_load": target, "before_load_args": arguments, "trace": self._provenance}
+            traced = self._provenance and not self._untraced
+            orders = {"before_load": target, "before_load_args": arguments, "trace": traced}
             if self._maps is not None:
                 orders["known"] = self._maps.name
             defaults |= {"load_format": "paritykit", "model_loader_extra_config": orders}
         return defaults | self._arguments
+
+    def _learn(self) -> None:
+        """Keep the layout of a small sibling; a model that has none is loaded all the same, without a ledger."""
+        try:
+            maps = self._learned()
+        except EngineError as error:
+            self._untraced = str(error)
+            return
+        self._maps = tempfile.NamedTemporaryFile(prefix="paritykit-maps-", suffix=".json")  # noqa: SIM115
+        self._maps.write(msgspec.json.encode(maps))
+        self._maps.flush()
 
     def _learned(self) -> list[WeightMap]:
         """The layout of a small sibling, which is started first."""
@@ -256,8 +267,10 @@ class VllmEngine:
 
     @property
     def _watched(self) -> bool:
-        """Whether vLLM's loader is ours to watch: not where the user named a load format."""
-        return "load_format" not in self._arguments and (self._provenance or bool(self._before_load[0]))
+        """Whether vLLM's loader is ours to watch: not where the user named a load format, or weights are packed."""
+        quantized = "quantization" in self._arguments or "quantization_config" in self.checkpoint.config
+        chosen = "load_format" in self._arguments or (quantized and not self._before_load[0])
+        return not chosen and (self._provenance or bool(self._before_load[0]))
 
 
 def import_vllm() -> Any:

@@ -19,35 +19,12 @@ from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
 from paritykit.engines.vllm.loader import LEDGERS
+from paritykit.engines.vllm.orders import CASE_KEY, Orders, Outcome
 from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
-CASE_KEY = "parity_case"
 HEAD = "lm_head"
-
-
-class CaseOrder(msgspec.Struct, frozen=True, array_like=True):
-    """What the worker must know of a case: prompt length, ids to force, and in place of what."""
-
-    prompt: int
-    forced: list[int]
-
-
-class Orders(msgspec.Struct, kw_only=True):
-    """One run: where to write, what to record, the cases by index."""
-
-    folder: str
-    points: list[str] | None
-    cases: list[CaseOrder]
-
-
-class Outcome(msgspec.Struct, kw_only=True):
-    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording."""
-
-    part: Part
-    chosen: list[list[int]]
-    error: str = ""
 
 
 class ParityWorker:

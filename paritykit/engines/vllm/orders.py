@@ -1,0 +1,32 @@
+"""What the engine and its workers say to each other. Imports nothing of vLLM."""
+
+from __future__ import annotations
+
+import msgspec
+
+from paritykit.captures.manifest import Part
+
+CASE_KEY = "parity_case"
+
+
+class CaseOrder(msgspec.Struct, frozen=True, array_like=True):
+    """What the worker must know of a case: prompt length, ids to force, and in place of what."""
+
+    prompt: int
+    forced: list[int]
+
+
+class Orders(msgspec.Struct, kw_only=True):
+    """One run: where to write, what to record, the cases by index."""
+
+    folder: str
+    points: list[str] | None
+    cases: list[CaseOrder]
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording."""
+
+    part: Part
+    chosen: list[list[int]]
+    error: str = ""
