@@ -38,7 +38,7 @@ def test_family_is_at_parity_in_float32(bench: Bench, family: str) -> None:
 @pytest.mark.parametrize(("family", "ranks"), [
     *((f, 1) for f in ("qwen2", "gemma2", "mixtral", "qwen3_moe", "phi3", "gpt2", "opt")),
     ("mixtral", 2),
-    ("gpt2", 2),
+    pytest.param("gpt2", 2, marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_weights_alone_say_what_the_engine_declares(bench: Bench, family: str, ranks: int) -> None:
     """No rule by name: the same map follows from where the weights landed."""

@@ -17,7 +17,12 @@ def failing(judged: Judged) -> dict[str, str]:
     return {f.point: f.metric for f in judged.findings if f.verdict == "fail"}
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+QUICK = ("qwen2", "mixtral", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.deep) for f in TINY_FAMILIES]
+)
 def test_two_ranks_together_hold_every_element(yard: Yard, family: str) -> None:
     judged = yard.load(tiny_model(family), ranks=2)
     assert [f for f in judged.findings if f.verdict != "pass"] == []
@@ -63,7 +68,7 @@ def test_swapped_q_and_k_are_named(yard: Yard) -> None:
 
 @pytest.mark.parametrize(("fault", "wanted"), [
     ("rank_zero_everywhere", {f"{MLP}.down_proj.weight": "wrong-slice"}),
-    ("k_rows_permuted", {f"{ATTENTION}.k_proj.weight": "wrong-order"}),
+    pytest.param("k_rows_permuted", {f"{ATTENTION}.k_proj.weight": "wrong-order"}, marks=pytest.mark.deep),
     ("k_proj_dropped", {f"{ATTENTION}.k_proj.weight": "unread", f"{ATTENTION}.qkv_proj.weight": "unwritten"}),
 ])  # fmt: skip
 def test_planted_fault_of_two_ranks_is_named(yard: Yard, fault: str, wanted: dict[str, str]) -> None:

@@ -67,14 +67,14 @@ def test_a_rank_that_dies_is_reported_at_once(how: signal.Signals) -> None:
         started = time.monotonic()
         with pytest.raises(EngineError, match=f"rank 1 of nano died of signal {how.value}"):
             llm.generate([PROMPT])
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50
         with pytest.raises(EngineError, match="ranks were stopped after an error"):
             llm.step()
 
 
 def test_a_rank_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "GRACE", 0.3)
-    with two_ranks(timeout=2.0) as llm:
+    with two_ranks(timeout=8.0) as llm:
         llm.add_request(PROMPT)
         llm.step()
         (rank,) = llm.team._others
@@ -82,11 +82,11 @@ def test_a_rank_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         started = time.monotonic()
         with pytest.raises(EngineError, match="rank 1 of nano did not answer"):
             llm.step()
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50
 
 
 def test_a_rank_that_fails_says_why() -> None:
-    with two_ranks(timeout=2.0) as llm:
+    with two_ranks(timeout=8.0) as llm:
         llm.team.call("call", "tests.integration.test_nano_ranks:fail_on_rank_1", {})
         llm.add_request(PROMPT)
         with pytest.raises(EngineError, match="rank 1 of nano failed: ValueError: planted"):
@@ -94,7 +94,7 @@ def test_a_rank_that_fails_says_why() -> None:
 
 
 def test_rank_0_failing_frees_the_others() -> None:
-    llm = two_ranks(timeout=2.0)
+    llm = two_ranks(timeout=8.0)
     (rank,) = llm.team._others
     fail_on(0, llm.team.worker)
     llm.add_request(PROMPT)

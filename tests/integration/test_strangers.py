@@ -24,14 +24,17 @@ def compared(bench: Bench, model: Path, **arguments: Any) -> Results:
     return results
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "stablelm", "olmo2", "granite", "starcoder2", "phi", "falcon"])
+@pytest.mark.parametrize("kind", [
+    "gpt_neox", "olmo2", "granite", "phi", "falcon",
+    *(pytest.param(k, marks=pytest.mark.deep) for k in ("stablelm", "starcoder2")),
+])  # fmt: skip
 def test_stranger_is_at_parity_without_any_rule(bench: Bench, tmp_path: Path, kind: str) -> None:
     results = compared(bench, make(kind, tmp_path / kind))
     assert results.summary.verdict == "pass", results.summary
     assert results.summary.unmatched == 0, [c.unmatched for c in results.coverage]
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["deepseek_v2", pytest.param("deepseek_v3", marks=pytest.mark.deep)])
 def test_latent_attention_maps(bench: Bench, tmp_path: Path, kind: str) -> None:
     """vLLM's rotary kernel for CPUs is wrong for the shapes of latent attention: found, and nowhere but there."""
     results = compared(bench, make(kind, tmp_path / kind), attention_backend="CPU_MLA")
