@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -37,8 +38,12 @@ def two_ranks(**arguments: Any) -> NanoLLM:
 
 
 def children() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if any("nano.rank" in word for word in p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # ended, or a zombie that nobody waited for yet
+            if any("nano.rank" in word for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_two_ranks_give_what_one_gives_and_leave_nothing() -> None:

@@ -78,7 +78,8 @@ def command(importable: None) -> Iterator[Command]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate()
 
 
 def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -27,6 +27,8 @@ from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
+SHORT, LONG = "/tmp", 60  # noqa: S108
+"""vLLM's sockets lie in the temporary folder, and their paths may not be longer than 107 characters."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
@@ -206,6 +208,8 @@ class VllmEngine:
     def _prepare_environment(self) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        if len(tempfile.gettempdir()) > LONG and os.access(SHORT, os.W_OK):
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", SHORT)
         if self._ranks == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
