@@ -12,6 +12,8 @@ from typing import Literal
 import msgspec
 from safetensors import SafetensorError, safe_open
 
+from paritykit.engines.checkpoint import decode_header
+
 Trouble = Literal[
     "", "empty-file", "lfs-pointer", "truncated-file", "damaged-header", "pickle-refused", "pickle-legacy"
 ]
@@ -41,12 +43,6 @@ class WeightFile(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, Tensor] = {}
     trouble: Trouble = ""
     reason: str = ""
-
-
-class _Entry(msgspec.Struct):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
 
 
 def read_header(path: Path, name: str) -> WeightFile:
@@ -81,7 +77,7 @@ def _length_reason(path: Path, size: int) -> tuple[Trouble, str] | None:
             return "damaged-header", f"its first 8 bytes promise a header of {length} bytes, beyond the format's limit"
         if len(start) < 8 or 8 + length > size:
             return "truncated-file", f"{size} bytes long, but its header alone should end at byte {8 + length}"
-        entries = _entries(stream.read(length)).values()
+        entries = decode_header(stream.read(length)).values()
     end = 8 + length + max((e.data_offsets[1] for e in entries), default=0)
     if end > size:
         return "truncated-file", f"{size} bytes long, but its header promises {end}: {end - size} bytes are missing"
@@ -98,17 +94,14 @@ def pointer_reason(path: Path) -> str:
     return f"a Git LFS pointer in place of {size} bytes of data"
 
 
-def _entries(text: bytes) -> dict[str, _Entry]:
-    header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    header.pop("__metadata__", None)
-    return {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
-
-
 def _tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="np"):
         pass  # it has read and judged the header
     with path.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
-        entries = _entries(stream.read(length))
+        entries = decode_header(stream.read(length))
     base = 8 + length
-    return {n: Tensor(e.dtype, e.shape, base + e.data_offsets[0], base + e.data_offsets[1]) for n, e in entries.items()}
+    return {
+        n: Tensor(e.dtype, tuple(e.shape), base + e.data_offsets[0], base + e.data_offsets[1])
+        for n, e in entries.items()
+    }

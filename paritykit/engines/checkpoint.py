@@ -98,7 +98,7 @@ class Checkpoint:
         return {name: DTYPES.get(entry.dtype, entry.dtype.lower()) for name, entry in self._entries.items()}
 
     @cached_property
-    def _entries(self) -> dict[str, _Entry]:
+    def _entries(self) -> dict[str, Entry]:
         files = [f for f in self.weight_files if f.suffix == ".safetensors"]
         return {name: entry for file in files for name, entry in _header(file).items()}
 
@@ -128,22 +128,29 @@ def find_folder(model: str) -> Path:
     return path
 
 
-class _Entry(msgspec.Struct):
+class Entry(msgspec.Struct):
+    """One tensor of a safetensors header: its dtype code, and where its bytes lie behind the header."""
+
     shape: list[int]
     dtype: str
     data_offsets: tuple[int, int]
 
 
-def _header(file: Path) -> dict[str, _Entry]:
+def decode_header(text: bytes) -> dict[str, Entry]:
+    """The tensors of a safetensors header by name. Raises msgspec.MsgspecError or UnicodeDecodeError for none."""
+    header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    return {name: msgspec.json.decode(raw, type=Entry) for name, raw in header.items()}
+
+
+def _header(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         text = stream.read(length) if length <= size - 8 else b""
     try:
-        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        header.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
+        entries = decode_header(text)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not a safetensors file (or it is truncated)") from error
     end = max((e.data_offsets[1] for e in entries.values()), default=0)

@@ -60,10 +60,8 @@ def trace(
         for name, tensor in _owners(listed, rank).items():
             if name in kept and tensor.shape == kept[name].shape:
                 tensor.detach().copy_(kept[name])
-    found, probes = (
-        WeightMap(tensors=tensor_infos(weights()), parameters=describe(listed(), rank)),
-        probe_table(sources),
-    )
+    found = WeightMap(tensors=tensor_infos(sources), parameters=describe(listed(), rank))
+    probes = probe_table(sources)
     for name, reading in readings.items():
         reading.probe = probe[name].to(torch.float64)
         landings, gaps = decode(name, reading, coding, sources, probes=probes, rank=rank)
@@ -100,10 +98,10 @@ def describe(parameters: Mapping[str, torch.Tensor], rank: int) -> list[Paramete
     return infos
 
 
-def tensor_infos(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorInfo]:
+def tensor_infos(sources: Iterable[Source]) -> dict[str, TensorInfo]:
     """What a loader is handed: each name with its shape, dtype and number of copies."""
     found: dict[str, TensorInfo] = {}
-    for s in list_sources(weights):
+    for s in sources:
         found[s.name] = TensorInfo(shape=s.shape, dtype=str(s.dtype).removeprefix("torch."), copies=s.copy + 1)
     return found
 

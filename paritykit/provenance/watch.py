@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from paritykit.provenance.scale import ScaleError, scale_map
+from paritykit.provenance.sources import list_sources
 from paritykit.provenance.trace import Load, Weights, describe, named_tensors, tensor_infos, trace
 from paritykit.provenance.values import compare_values
 from paritykit.provenance.weightmap import RankLedger, WeightMap
@@ -65,4 +66,4 @@ def _tried(make: Callable[[], WeightMap], instead: WeightMap | None = None) -> t
 
 def _carried(known: WeightMap, model: nn.Module, weights: Weights, rank: int) -> WeightMap:
     """The sibling's map for this model; its own parameters are listed after loading, which may have made some."""
-    return scale_map(known, tensor_infos(weights()), describe(named_tensors(model), rank), rank=rank)
+    return scale_map(known, tensor_infos(list_sources(weights())), describe(named_tensors(model), rank), rank=rank)

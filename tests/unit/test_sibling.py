@@ -14,6 +14,7 @@ from paritykit.engines.nano.engine import NanoEngine
 from paritykit.engines.sibling import kinds, make_sibling, sibling_config
 from paritykit.errors import EngineError
 from paritykit.provenance.scale import ScaleError, scale_map
+from paritykit.provenance.sources import list_sources
 from paritykit.provenance.trace import describe, named_tensors, tensor_infos, trace
 from paritykit.provenance.weightmap import Gap, Landing, ParameterInfo, Span, TensorInfo, WeightMap
 from paritykit.testing import tiny_model
@@ -104,6 +105,6 @@ def toy_map() -> WeightMap:
     model, weights = toy.Toy(), toy.tensors()
     with torch.no_grad():
         found = trace(partial(named_tensors, model), weights=weights.items, load=partial(toy.load_weights, model))
-    assert tensor_infos(weights.items()) == found.tensors
+    assert tensor_infos(list_sources(weights.items())) == found.tensors
     assert describe(named_tensors(model), 0) == found.parameters
     return found
