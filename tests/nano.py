@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import msgspec
 import torch
 
 from paritykit.engines.nano.core import NanoLLM, Output
-from paritykit.engines.nano.group import Group
+from paritykit.engines.nano.group import Alone, Group
 from paritykit.engines.nano.kv import ContiguousCache
 from paritykit.engines.nano.paged import PagedCache
+from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.settings import Settings
+from paritykit.engines.nano.stage import Stage
 from paritykit.engines.nano.step import Plan
 from paritykit.engines.nano.worker import Worker
 
@@ -70,7 +73,7 @@ def poison_free_blocks(llm: NanoLLM) -> None:
     """NaN into every block that nobody holds and that cannot be found by its hash."""
     for block in set(llm.blocks.free) - llm.blocks.cached:
         stretch = slice(block * llm.settings.block_size, (block + 1) * llm.settings.block_size)
-        for cache in llm.team.worker.caches:
+        for cache in (c for worker in getattr(llm.team, "workers", [llm.team.worker]) for c in worker.caches):
             assert isinstance(cache, PagedCache | ContiguousCache)
             cache.keys.poison(stretch)
             cache.values.poison(stretch)
@@ -81,6 +84,9 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.letters: dict[tuple[int, int], queue.SimpleQueue[torch.Tensor]] = {
+            (source, to): queue.SimpleQueue() for source in range(size) for to in range(size)
+        }
         self._barrier = threading.Barrier(size)
         self._given: list[torch.Tensor] = [torch.empty(0)] * size
 
@@ -104,12 +110,28 @@ class Seat:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._room.exchange(self.rank, tensor), dim=-1)
 
+    def send(self, tensor: torch.Tensor, *, to: int) -> None:
+        self._room.letters[self.rank, to].put(tensor.clone())
+
+    def receive(self, empty: torch.Tensor, *, source: int) -> torch.Tensor:
+        found = self._room.letters[source, self.rank].get(timeout=10)
+        assert (found.shape, found.dtype, found.device) == (empty.shape, empty.dtype, empty.device)
+        return found
+
+    def connect(self) -> None:
+        """Threads of one room have met."""
+
+    def disconnect(self) -> None:
+        """They leave with it."""
+
 
 def together(size: int, work: Callable[[Group], Any]) -> list[Any]:
     """What ``work`` gives on every rank, each a thread of its own."""
     room, results = Room(size), [None] * size
+    cores = torch.get_num_threads()
 
     def run(rank: int) -> None:
+        torch.set_num_threads(cores)  # a new thread begins with as many as there are
         results[rank] = work(Seat(room, rank))
 
     threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
@@ -123,15 +145,20 @@ def together(size: int, work: Callable[[Group], Any]) -> list[Any]:
 class ThreadTeam:
     """All ranks in this process, in the place of ``Team``: no processes to wait for."""
 
-    def __init__(self, settings: Settings, size: int) -> None:
-        shared, room = msgspec.structs.replace(settings, tensor_parallel_size=size), Room(size)
-        self._workers = [Worker(shared, Seat(room, rank)) for rank in range(size)]
-        self._room = room
-        self.worker = self._workers[0]
+    def __init__(self, settings: Settings, size: int, *, stages: int = 1) -> None:
+        shared = msgspec.structs.replace(settings, tensor_parallel_size=size, pipeline_parallel_size=stages)
+        world = Room(size * stages)
+        rooms = [Room(size) if size > 1 else None for _ in range(stages)]
+        self.workers = []
+        for rank in range(size * stages):
+            room = rooms[rank // size]
+            group = Alone() if room is None else Seat(room, rank % size)
+            self.workers.append(Worker(shared, Place(Stage(rank // size, stages), group, Seat(world, rank))))
+        self.worker = self.workers[0]
 
     def run(self, plan: Plan) -> torch.Tensor:
         """See ``Team.run``."""
-        found: torch.Tensor = together(len(self._workers), lambda group: self._workers[group.rank].run(plan))[0]
+        found: torch.Tensor = together(len(self.workers), lambda group: self.workers[group.rank].run(plan))[0]
         return found
 
     def close(self) -> None:

@@ -35,9 +35,13 @@ def trace_pairs(parameters: Mapping[str, torch.Tensor], pairs: Pairs, load: Load
 
 @dataclass(frozen=True)
 class Toy:
-    """Sizes of a small decoder with attention, a gated MLP and three experts, and how its engine holds them."""
+    """Sizes of a small decoder with attention, a gated MLP and three experts, and how its engine holds them.
+
+    ``ranks`` share every layer; there are as many on each of the ``stages`` of a pipeline.
+    """
 
     ranks: int = 1
+    stages: int = 1
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
@@ -98,10 +102,17 @@ class Toy:
         )
         return found
 
+    def on_stage(self, name: str, stage: int) -> bool:
+        """Whether a stage has the tensor or parameter of that name."""
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) * self.stages // self.layers == stage
+        ends = [0, self.stages - 1] if self.tied else [0] if name.startswith("embed") else [self.stages - 1]
+        return stage in ends
+
     def load(
         self, held: Mapping[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]], rank: int, fault: Fault
     ) -> None:
-        for name in ("embed.weight", "head.weight"):
+        for name in {"embed.weight", "head.weight"} & held.keys():
             held[name].detach()[max(0, self.vocab - rank * self.padded) :] = 0
         for given in weights:
             meant = fault(*given, rank)
@@ -185,18 +196,20 @@ def right(name: str, tensor: torch.Tensor, rank: int) -> tuple[str, torch.Tensor
 def ledgers(toy: Toy, *, fault: Fault = right, later: Fault | None = None, more: Pairs = ()) -> list[RankLedger]:
     """What every rank would report; ``later`` is the fault while real weights load, ``more`` are handed over last."""
     found = []
-    pairs = [*toy.checkpoint().items(), *more]
-    for rank in range(toy.ranks):
-        held = toy.parameters()
+    everything = [*toy.checkpoint().items(), *more]
+    for rank in range(toy.ranks * toy.stages):
+        stage, number = divmod(rank, toy.ranks)
+        held = {n: p for n, p in toy.parameters().items() if toy.on_stage(n, stage)}
+        pairs = [(n, t) for n, t in everything if toy.on_stage((fault(n, t, number) or (n, t, number))[0], stage)]
 
-        def load(weights: Iterable[tuple[str, torch.Tensor]], rank: int = rank, held: Any = held) -> None:
+        def load(weights: Iterable[tuple[str, torch.Tensor]], rank: int = number, held: Any = held) -> None:
             toy.load(held, weights, rank, fault)
 
         traced = trace_pairs(held, pairs, load, rank)
-        toy.load(held, pairs, rank, later or fault)
-        padding = {n: (max(0, toy.vocab - rank * toy.padded), "padded") for n in ("embed.weight", "head.weight")}
+        toy.load(held, pairs, number, later or fault)
+        padding = {n: (max(0, toy.vocab - number * toy.padded), "padded") for n in ("embed.weight", "head.weight")}
         arrived = list(compare_values(traced, held, pairs))
-        found.append(RankLedger(rank=rank, found=traced, arrived=arrived, padding=padding))
+        found.append(RankLedger(rank=rank, stage=stage, found=traced, arrived=arrived, padding=padding))
     return found
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, boxes_text, on_rank, size_of
 from paritykit.ledger.subject import WeightSubject
-from paritykit.provenance.weightmap import show, size
+from paritykit.provenance.weightmap import Spans, show, size
 
 
 def unread(subject: WeightSubject) -> Iterator[Problem]:
@@ -68,7 +68,7 @@ def wrong_source(subject: WeightSubject) -> Iterator[Problem]:
     for name, landings in subject.by_tensor.items():
         for rank in range(subject.ranks):
             places = list(dict.fromkeys(x.parameter for x in landings if x.rank == rank))
-            if len(places) > 1 and _overlap(subject, name, rank):
+            if len(places) > 1 and _overlap(subject, name, (x.source for x in landings if x.rank == rank)):
                 ends = {layout.embedding, layout.head} if layout else set()
                 code = "tied-wrongly" if name in ends else "written-twice"
                 why = "; the config does not tie them" if code == "tied-wrongly" and layout and not layout.tied else ""
@@ -78,9 +78,22 @@ def wrong_source(subject: WeightSubject) -> Iterator[Problem]:
                 yield Problem(code=code, name=name, message=text, elements=size_of(subject.shape(name)), rank=rank)
 
 
-def _overlap(subject: WeightSubject, name: str, rank: int) -> bool:
-    cells = Cells((x.source for x in subject.by_tensor[name] if x.rank == rank), subject.shape(name))
-    return bool((cells.counts > 1).any())
+def written_apart(subject: WeightSubject) -> Iterator[Problem]:
+    """A tensor in one parameter on some rank and in another on others: a stage with another's layer, say."""
+    layout = subject.expected.reference
+    shared = {layout.embedding, layout.head} if layout and layout.tied else set()
+    for name, landings in subject.by_tensor.items():
+        homes = {x.parameter: x.rank for x in reversed(landings)}
+        boxes = [source for _, source in {(x.parameter, x.source) for x in landings}]
+        if name in shared or len({*homes.values()}) < 2 or not _overlap(subject, name, boxes):
+            continue
+        places = (f"{p}{on_rank(subject, rank)}" for p, rank in sorted(homes.items()))
+        text = f"{name} fills {' and '.join(places)}"
+        yield Problem(code="written-twice", name=name, message=text, elements=size_of(subject.shape(name)))
+
+
+def _overlap(subject: WeightSubject, name: str, sources: Iterable[Spans]) -> bool:
+    return bool((Cells(sources, subject.shape(name)).counts > 1).any())
 
 
 def ties(subject: WeightSubject) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -28,21 +28,21 @@ def read_allowed(listed: object, *, source: str) -> list[Allowed]:
 def expect(
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
     *,
-    ledger: RankLedger,
+    ledgers: Iterable[RankLedger],
     reference: ReferenceLayout | None = None,
     dtype: str = "",
     allowed: list[Allowed] | None = None,
 ) -> Expected:
     """Expectations for a checkpoint of ``tensors`` (name to shape and dtype) in an engine that runs in ``dtype``.
 
-    ``ledger`` is that of any rank: declared rules are the same on all.
+    ``ledgers`` are those of all ranks: each declares rules for its stage of the pipeline.
     """
-    declared = {
-        name: (place[0], part_number(place[1]))
-        for name, place in ledger.names.items()
-        if place is not None and place[0]
-    }
-    fused = {m: [Part(**p) for p in parts] for m, parts in ledger.fused.items()}
+    declared: dict[str, tuple[str, int | None]] = {}
+    fused: dict[str, list[Part]] = {}
+    for ledger in ledgers:
+        places = {n: (p[0], part_number(p[1])) for n, p in ledger.names.items() if p is not None and p[0]}
+        declared = places | declared
+        fused |= {m: [Part(**p) for p in parts] for m, parts in ledger.fused.items()}
     return Expected(
         tensors=dict(tensors), reference=reference, declared=declared, fused=fused, dtype=dtype, allowed=allowed or []
     )

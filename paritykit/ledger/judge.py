@@ -44,11 +44,9 @@ def judge_weights(subject: WeightSubject) -> Judged:
 
 def _buffers(subject: WeightSubject) -> list[Unmatched]:
     """Buffers that no tensor fills, those of all layers together."""
-    alike = Counter(
-        pattern(g.parameter)
-        for g in subject.gaps
-        if g.kind == "unwritten" and g.rank == 0 and subject.parameters[g.parameter, 0].buffer
-    )
+    unwritten = [g for g in subject.gaps if g.kind == "unwritten"]
+    buffers = dict.fromkeys(g.parameter for g in unwritten if subject.parameters[g.parameter, g.rank].buffer)
+    alike = Counter(map(pattern, buffers))
     reason = "made when the model is built, not loaded"
     return [Unmatched(side="candidate", point=n, reason=f"{count} buffers, {reason}") for n, count in alike.items()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, on_rank, size_of
@@ -53,25 +53,30 @@ def wrong_rank(subject: WeightSubject) -> Iterator[Problem]:
     for name, landings in subject.by_tensor.items():
         if subject.ranks == 1:
             return
-        firsts: dict[tuple[str, int | None], dict[int, tuple[int, ...]]] = defaultdict(dict)
+        firsts: dict[tuple[str, int | None, int], dict[int, tuple[int, ...]]] = defaultdict(dict)
         for x in landings:
-            key = x.parameter, subject.part_of(x)
+            key = x.parameter, subject.part_of(x), subject.ledgers[x.rank].stage
             low = tuple(s.low for s in x.source)
             firsts[key][x.rank] = min(firsts[key].get(x.rank, low), low)
-        for (parameter, _), by_rank in firsts.items():
+        for (parameter, _, _), by_rank in firsts.items():
             starts = [by_rank[r] for r in sorted(by_rank)]
             if starts != sorted(starts):
                 text = f"the shards of {name} in {parameter} do not follow the ranks: {starts}"
                 yield Problem(code="wrong-slice", name=name, message=text, elements=size_of(subject.shape(name)))
         missing = Cells((x.source for x in landings), subject.shape(name)).counts == 0
         if missing.any():
-            shards = [{x.source for x in landings if x.rank == r} for r in range(subject.ranks)]
-            for rank, own in enumerate(shards):
-                replicas = max(1, sum(map(size, own)) * subject.ranks // size_of(subject.shape(name)))
-                if own and rank >= replicas and own == shards[rank - replicas]:
-                    text = f"rank {rank} holds the same shard of {name} as rank {rank - replicas}"
-                    yield Problem(code="wrong-slice", name=name, message=text, rank=rank)
-                    break
+            yield from islice((p for ranks in subject.stages for p in _repeated(subject, name, ranks)), 1)
+
+
+def _repeated(subject: WeightSubject, name: str, ranks: list[int]) -> Iterator[Problem]:
+    """Ranks of a stage that hold the shard of another one, and should not."""
+    shards = [{x.source for x in subject.by_tensor[name] if x.rank == rank} for rank in ranks]
+    for number, own in enumerate(shards):
+        replicas = max(1, sum(map(size, own)) * len(ranks) // size_of(subject.shape(name)))
+        if own and number >= replicas and own == shards[number - replicas]:
+            rank, other = ranks[number], ranks[number - replicas]
+            text = f"rank {rank} holds the same shard of {name} as rank {other}"
+            yield Problem(code="wrong-slice", name=name, message=text, rank=rank)
 
 
 def wrong_index(subject: WeightSubject) -> Iterator[Problem]:
@@ -151,7 +156,9 @@ def layers_disagree(subject: WeightSubject) -> Iterator[Problem]:
     kinds: dict[str, dict[str, set[tuple[object, ...]]]] = defaultdict(lambda: defaultdict(set))
     for (parameter, rank), landings in subject.by_parameter.items():
         for x in landings:
-            kinds[pattern(parameter)][parameter].add((pattern(x.tensor), rank, x.source, x.target, x.axes, x.change))
+            kinds[pattern(parameter)][parameter].add(
+                (pattern(x.tensor), subject.shards[rank], x.source, x.target, x.axes, x.change)
+            )
     for members in kinds.values():
         layouts = Counter(frozenset(v) for v in members.values())
         usual, votes = layouts.most_common(1)[0]

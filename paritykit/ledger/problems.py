@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paritykit.ledger.coverage import ties, unread, unwritten, written_twice, wrong_source
+from paritykit.ledger.coverage import ties, unread, unwritten, written_apart, written_twice, wrong_source
 from paritykit.ledger.numbers import changed, narrowed, wrong_transpose, wrong_values
 from paritykit.ledger.order import declared_otherwise, layers_disagree, wrong_index, wrong_order, wrong_rank
 from paritykit.ledger.problem import Problem, Rule
@@ -13,6 +13,7 @@ RULES: tuple[Rule, ...] = (
     unread,
     unwritten,
     wrong_source,
+    written_apart,
     ties,
     written_twice,
     declared_otherwise,

@@ -68,6 +68,19 @@ class WeightSubject:
         self.ranks = len(ledgers)
 
     @cached_property
+    def stages(self) -> list[list[int]]:
+        """The ranks of every stage of the pipeline: those share layers, others do not."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for ledger in self.ledgers:
+            found[ledger.stage].append(ledger.rank)
+        return [found[stage] for stage in sorted(found)]
+
+    @cached_property
+    def shards(self) -> dict[int, int]:
+        """Every rank's number within its stage."""
+        return {rank: number for ranks in self.stages for number, rank in enumerate(ranks)}
+
+    @cached_property
     def found(self) -> WeightMap:
         """One map over all ranks."""
         return merge_ranks(x.found for x in self.ledgers)

@@ -6,12 +6,23 @@ import math
 
 import msgspec
 
-from paritykit.captures.manifest import Manifest, Point, point_key, split_key
+from paritykit.captures.manifest import (
+    CACHE_PORTS,
+    Manifest,
+    Point,
+    leading_points,
+    module_ranks,
+    point_key,
+    split_key,
+)
+from paritykit.errors import UsageError
 from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix, told
 from paritykit.mapping.landed import SOURCE, merge_blocks
 from paritykit.mapping.rules import Block, Ignored, Rule, fused_blocks, sized_blocks
 from paritykit.mapping.user import UserRule, expand
 from paritykit.results import Unmatched
+
+NO_CACHE = "the candidate does not show its KV cache; what is read from it shows at the attention's output"
 
 
 class Misfit(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +49,14 @@ class Mapping(msgspec.Struct, kw_only=True):
 def build_mapping(reference: Manifest, candidate: Manifest, *, user: list[UserRule] | None = None) -> Mapping:
     """Match the points of two captures: the user's rules first, then declared ones, provenance, and equal names.
 
-    Raises UsageError for a user rule that matches nothing.
+    Raises UsageError for a user rule that matches nothing, or a reference on several tensor parallel ranks.
     """
+    ranks = reference.side.parallel.get("tensor_parallel_size", 1)
+    if ranks > 1:
+        raise UsageError(
+            f"the reference, {reference.side.engine}, ran on {ranks} tensor parallel ranks, and only a candidate's "
+            "shards are joined; swap the sides, or capture the reference on one rank"
+        )
     mine, ignored = expand(user or [], reference, candidate)
     builder = _Builder(reference, candidate, {r.reference: r for r in mine}, {i.reference: i for i in ignored})
     return builder.build()
@@ -54,9 +71,8 @@ class _Builder:
         self._disagreements: list[Disagreement] = []
         self._modules = ModuleMap(reference, candidate)
         modules = [p.module for p in reference.points]
-        self._ours = {p.key: p for p in reference.points if p.rank == 0}
-        self._theirs = {p.key: p for p in candidate.points if p.rank == 0}
-        self._ranks = 1 + max((p.rank for p in candidate.points), default=0)
+        self._ours, self._theirs = leading_points(reference.points), leading_points(candidate.points)
+        self._ranks = module_ranks(candidate.points)
         self._our_meanings: dict[str, str] = reference.facts.get("meanings", {})
         self._their_meanings: dict[str, str] = candidate.facts.get("meanings", {})
         self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
@@ -136,15 +152,16 @@ class _Builder:
             return self._their_meanings[place.module]
         key = point_key(place.module, port=point.port, call=point.call)
         if key not in self._theirs:
-            return self._reasons.get(key, "")
+            return self._reasons.get(key, NO_CACHE if point.port in CACHE_PORTS else "")
         return self._sized(point, place, key)
 
     def _fitted(self, point: Point, rule: Rule) -> Rule | Misfit:
         """A rule of the user's; where it names no columns they follow from the sizes."""
         if rule.blocks:
             return rule
-        wanted, local = math.prod(point.row), math.prod(self._theirs[rule.candidate].row)
-        blocks = sized_blocks(wanted=wanted, local=local, ranks=self._ranks)
+        found = self._theirs[rule.candidate]
+        wanted, local = math.prod(point.row), math.prod(found.row)
+        blocks = sized_blocks(wanted=wanted, local=local, ranks=self._ranks[found.module])
         return self._misfit(point, rule.candidate) if blocks is None else msgspec.structs.replace(rule, blocks=blocks)
 
     def _hold_against_weights(self, point: Point, rule: Rule | Misfit) -> None:
@@ -153,31 +170,34 @@ class _Builder:
         module, port, _ = split_key(rule.candidate)
         if place is None or place.source != SOURCE or point.port or port or isinstance(rule, Misfit):
             return
-        blocks = merge_blocks(rule.blocks or (Block(0, 0, math.prod(point.row)),))
+        whole = Block(self._theirs[rule.candidate].rank, 0, math.prod(point.row))
+        blocks = merge_blocks(rule.blocks or (whole,))
         if module != place.module or place.blocks not in (None, blocks):
             said, found = told(module, blocks), told(place.module, place.blocks)
             self._disagreements.append(Disagreement(point.module, said, found))
 
     def _misfit(self, point: Point, key: str) -> Misfit:
-        wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)
-        message = f"{wanted} features against {local} on each of {self._ranks} rank(s) of {key}"
+        wanted, found = math.prod(point.row), self._theirs[key]
+        count = len(self._ranks[found.module])
+        message = f"{wanted} features against {math.prod(found.row)} on each of {count} rank(s) of {key}"
         return Misfit(reference=point.key, candidate=key, message=message)
 
     def _sized(self, point: Point, place: Place, key: str) -> Rule | Misfit:
-        wanted, local = math.prod(point.row), math.prod(self._theirs[key].row)
+        found, wanted = self._theirs[key], math.prod(point.row)
+        local, ranks = math.prod(found.row), self._ranks[found.module]
         parts = self._modules.fused.get(place.module)
         if place.blocks and point.port == "" and sum(b.length for b in place.blocks) == wanted:
-            whole = place.blocks == (Block(0, 0, wanted),) and local == wanted
+            whole = place.blocks == (Block(found.rank, 0, wanted),) and local == wanted
             fitting: tuple[Block, ...] | None = () if whole else place.blocks
         elif parts and point.port == "":
-            blocks = fused_blocks(parts, ranks=self._ranks, wanted=place.part)
+            blocks = fused_blocks(parts, ranks=ranks, wanted=place.part)
             whole = len(blocks) == 1 and blocks[0].length == local == wanted
             fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None
         else:
-            fitting = sized_blocks(wanted=wanted, local=local, ranks=self._ranks)
+            fitting = sized_blocks(wanted=wanted, local=local, ranks=ranks)
         if fitting is None:
             return self._misfit(point, key)
-        if not fitting or self._ranks > 1:
+        if not fitting or len(ranks) > 1:
             return Rule(reference=point.key, candidate=key, blocks=fitting, source=place.source)
         merged = all(b.start == sum(c.length for c in fitting[:n]) for n, b in enumerate(fitting))
         blocks = () if merged and sum(b.length for b in fitting) == local else fitting

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from paritykit.captures.manifest import Manifest
+from paritykit.captures.manifest import Manifest, module_ranks
 from paritykit.mapping.landed import SOURCE, Home, find_homes, landings_of, merge_blocks
 from paritykit.mapping.rules import Block, Part, fused_blocks
 
@@ -53,7 +53,7 @@ class ModuleMap:
         self._places: dict[str, Place] = {}
         self.weighted = self._weighted(candidate.facts.get("names", {}))
         self.disagreements: list[Disagreement] = []
-        self._ranks = 1 + max((p.rank for p in candidate.points), default=0)
+        self._ranks = module_ranks(candidate.points)
         self._from_names(reference.facts.get("parameters", {}), candidate.facts.get("names", {}))
         self._from_weights(reference.facts, candidate.facts)
         head, other = reference.facts.get("head"), candidate.facts.get("head")
@@ -133,7 +133,7 @@ class ModuleMap:
         parts = self.fused.get(place.module)
         if not parts or (place.part is not None and place.part >= len(parts)):
             return None
-        return merge_blocks(fused_blocks(parts, ranks=self._ranks, wanted=place.part))
+        return merge_blocks(fused_blocks(parts, ranks=self._ranks.get(place.module, [0]), wanted=place.part))
 
     def _place(self, parameter: str, shard: str) -> Place | None:
         path = parameter.rpartition(".")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -16,8 +18,9 @@ class Block(msgspec.Struct, frozen=True, array_like=True):
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """The reference point's features are the candidate's ``blocks``, side by side, in this order.
 
-    No blocks: all features of rank 0. ``transpose`` swaps the last two axes of a candidate row first; ``plus`` is a
-    second candidate point that is added (hidden and residual kept apart). ``source`` says where the rule came from.
+    No blocks: all features, of the lowest rank that has the point. ``transpose`` swaps the last two axes of a candidate
+    row first; ``plus`` is a second candidate point that is added (hidden and residual kept apart). ``source`` says
+    where the rule came from.
     """
 
     reference: str
@@ -54,29 +57,29 @@ class Part(msgspec.Struct, frozen=True):
     replicas: int = 1
 
 
-def fused_blocks(parts: list[Part], *, ranks: int, wanted: int | None = None) -> tuple[Block, ...]:
-    """The blocks of part ``wanted`` (all parts, one after the other, if None) of a tensor fused on every rank.
+def fused_blocks(parts: list[Part], *, ranks: Sequence[int], wanted: int | None = None) -> tuple[Block, ...]:
+    """The blocks of part ``wanted`` (all parts, one after the other, if None) of a tensor fused on each of ``ranks``.
 
-    >>> fused_blocks([Part(4, 2), Part(2, 2, 2)], ranks=2, wanted=1)
-    (Block(0, 2, 2),)
+    >>> fused_blocks([Part(4, 2), Part(2, 2, 2)], ranks=[2, 3], wanted=1)
+    (Block(2, 2, 2),)
     """
     blocks = []
     for number, part in enumerate(parts):
         if wanted is None or number == wanted:
             start = sum(p.local for p in parts[:number])
-            blocks += [Block(rank, start, part.local) for rank in range(0, ranks, part.replicas)]
+            blocks += [Block(rank, start, part.local) for rank in ranks[:: part.replicas]]
     return tuple(blocks)
 
 
-def sized_blocks(*, wanted: int, local: int, ranks: int) -> tuple[Block, ...] | None:
-    """Blocks that follow from sizes alone: whole on every rank, sharded, or sharded with replicas. None: no fit.
+def sized_blocks(*, wanted: int, local: int, ranks: Sequence[int]) -> tuple[Block, ...] | None:
+    """Blocks that follow from sizes alone: whole on each of ``ranks``, sharded, sharded with replicas. None: no fit.
 
-    >>> sized_blocks(wanted=8, local=4, ranks=2)
+    >>> sized_blocks(wanted=8, local=4, ranks=[0, 1])
     (Block(0, 0, 4), Block(1, 0, 4))
     """
     if local == wanted:
         return ()
-    if wanted and local and wanted % local == 0 and (local * ranks) % wanted == 0 and ranks > 1:
-        step = local * ranks // wanted
-        return tuple(Block(rank, 0, local) for rank in range(0, ranks, step))
+    width = local * len(ranks)
+    if wanted and local and wanted % local == 0 and width % wanted == 0 and len(ranks) > 1:
+        return tuple(Block(rank, 0, local) for rank in ranks[:: width // wanted])
     return None

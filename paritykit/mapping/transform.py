@@ -8,8 +8,8 @@ import torch
 
 from paritykit.mapping.rules import Block, Rule
 
-ReadRank = Callable[[str, int], torch.Tensor]
-"""Gives the rows of a candidate point on a rank, ``[tokens, ...]``."""
+ReadRank = Callable[[str, int | None], torch.Tensor]
+"""Gives the rows of a candidate point on a rank, or on the lowest that has it, ``[tokens, ...]``."""
 
 
 def flat(rows: torch.Tensor) -> torch.Tensor:
@@ -19,12 +19,12 @@ def flat(rows: torch.Tensor) -> torch.Tensor:
 
 def apply_rule(rule: Rule, read: ReadRank) -> torch.Tensor:
     """The candidate's ``[tokens, features]`` in the reference's column order."""
-    ranks = {b.rank for b in rule.blocks} or {0}
-    tensors = {rank: _one(rule, rank, read) for rank in sorted(ranks)}
-    return join(tensors, rule.blocks) if rule.blocks else tensors[0]
+    if not rule.blocks:
+        return _one(rule, None, read)
+    return join({rank: _one(rule, rank, read) for rank in sorted({b.rank for b in rule.blocks})}, rule.blocks)
 
 
-def _one(rule: Rule, rank: int, read: ReadRank) -> torch.Tensor:
+def _one(rule: Rule, rank: int | None, read: ReadRank) -> torch.Tensor:
     rows = read(rule.candidate, rank)
     if rule.plus:
         rows = rows + read(rule.plus, rank)

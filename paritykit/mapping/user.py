@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from paritykit.captures.manifest import Manifest, Point
+from paritykit.captures.manifest import Manifest, Point, leading_points
 from paritykit.errors import UsageError
 from paritykit.mapping.rules import Block, Ignored, Rule
 
@@ -80,8 +80,7 @@ def expand(rules: list[UserRule], reference: Manifest, candidate: Manifest) -> t
     Raises UsageError for a rule that matches nothing.
     """
     found: dict[str, Rule | Ignored] = {}
-    ours = {p.key: p for p in reference.points if p.rank == 0}
-    theirs = {p.key: p for p in candidate.points if p.rank == 0}
+    ours, theirs = leading_points(reference.points), leading_points(candidate.points)
     for rule in rules:
         pattern = compile_pattern(rule.reference)
         matches = [(k, m.groupdict()) for k in ours if (m := pattern.fullmatch(k))]
@@ -102,10 +101,14 @@ def _concrete(rule: UserRule, point: Point, names: dict[str, str], theirs: dict[
         if target not in theirs:
             raise UsageError(f"{rule.where}: the candidate has no point {target!r}{_near(target, theirs)}")
     _check_sizes(rule, point, theirs[candidate], theirs[plus or candidate])
-    blocks = () if rule.columns is None else (Block(0, rule.columns[0], rule.columns[1] - rule.columns[0]),)
+    blocks = () if rule.columns is None else _columns(rule.columns, theirs[candidate].rank)
     return Rule(
         reference=point.key, candidate=candidate, blocks=blocks, transpose=rule.transpose, plus=plus, source=rule.where
     )
+
+
+def _columns(columns: tuple[int, int], rank: int) -> tuple[Block, ...]:
+    return (Block(rank, columns[0], columns[1] - columns[0]),)
 
 
 def _check_sizes(rule: UserRule, point: Point, candidate: Point, plus: Point) -> None:

@@ -184,11 +184,13 @@ class RankLedger(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's weights: where they landed, and whether the real numbers arrived.
 
     ``padding``: parameter to the first row that is padding, with the reason. ``error``: why the loader could not be
-    traced. ``seconds``: what tracing and comparing took. ``names`` (tensor to parameter and shard, as the engine's own
-    rules say) and ``fused`` (module to its parts) are declared by the engine, not traced.
+    traced. ``seconds``: what tracing and comparing took. ``stage``: the rank's stage of the pipeline; only ranks of one
+    stage share layers. ``names`` (tensor to parameter and shard, as the engine's own rules say) and ``fused`` (module
+    to its parts) are declared by the engine, not traced.
     """
 
     rank: int = 0
+    stage: int = 0
     found: WeightMap
     arrived: list[Arrived] = []
     padding: dict[str, tuple[int, str]] = {}

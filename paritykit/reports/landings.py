@@ -15,11 +15,15 @@ LONGEST = 1000
 
 
 class Alike(NamedTuple):
-    """Tensors that landed in the same way: one name for all, and the rows of the first."""
+    """Tensors that landed in the same way: one name for all, the rows of the first, and a row's parameter for all.
+
+    A parameter is named without the part of its path that the tensor's name has too.
+    """
 
     name: str
     tensors: list[str]
     rows: list[WeightRow]
+    places: list[str]
 
     @property
     def wrong(self) -> bool:
@@ -45,7 +49,17 @@ def grouped(rows: Iterable[WeightRow], *, merged: bool = True) -> list[Alike]:
     alike: dict[object, list[str]] = defaultdict(list)
     for name, members in by_tensor.items():
         alike[_layout(name, members) if merged else name].append(name)
-    return [Alike(joined(names), names, by_tensor[names[0]]) for names in alike.values()]
+    return [_alike(names, [by_tensor[n] for n in names]) for names in alike.values()]
+
+
+def _alike(names: list[str], members: list[list[WeightRow]]) -> Alike:
+    return Alike(joined(names), names, members[0], [_place(rows) for rows in zip(*members, strict=True)])
+
+
+def _place(rows: tuple[WeightRow, ...]) -> str:
+    """One name for the same parameter of several layers: without what all share with their tensors, if they do."""
+    own = [relative(r.parameter, to=r.tensor) for r in rows]
+    return joined(own if len({pattern(p) for p in own}) == 1 else [r.parameter for r in rows])
 
 
 def _layout(name: str, members: list[WeightRow]) -> object:

@@ -98,6 +98,73 @@ def test_a_rank_that_fails_says_why() -> None:
             llm.step()
 
 
+def stages(count: int, **arguments: Any) -> NanoLLM:
+    return NanoLLM(tiny_model("qwen2", num_hidden_layers=3), pipeline_parallel_size=count, **arguments)
+
+
+def test_a_stage_that_dies_is_reported_at_once() -> None:
+    before = len(children())
+    with stages(3) as llm:
+        llm.add_request(PROMPT)
+        llm.step()
+        os.kill(llm.team._others[0].process.pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="rank 1 of nano died of signal 9"):
+            llm.generate([PROMPT])
+        assert time.monotonic() - started < 30
+    assert len(children()) == before
+
+
+def test_a_stage_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "GRACE", 0.3)
+    with stages(2, timeout=3.0) as llm:
+        llm.add_request(PROMPT)
+        llm.step()
+        (rank,) = llm.team._others
+        os.kill(rank.process.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="rank 1 of nano did not answer"):
+            llm.step()
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("rank", "chunk"), [(1, 64), (1, 5), (2, 5)], ids=["rank 0 waits for logits", "rank 2 waits for it", "nobody waits"]
+)
+def test_a_stage_that_fails_says_why_and_nobody_waits_for_it(rank: int, chunk: int) -> None:
+    """Well before the timeout: the rank that failed hangs up."""
+    with stages(3, max_num_batched_tokens=chunk, timeout=100.0) as llm:
+        llm.team.call("call", f"tests.integration.test_nano_ranks:fail_on_stage_{rank}", {})
+        llm.add_request(PROMPT)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=f"rank {rank} of nano failed: ValueError: planted"):
+            llm.step()
+        assert time.monotonic() - started < 30
+        with pytest.raises(EngineError, match="ranks were stopped after an error"):
+            llm.step()
+
+
+@pytest.mark.deep
+def test_the_rank_that_failed_is_named_and_not_those_that_waited_for_it() -> None:
+    with NanoLLM(tiny_model("qwen2", num_hidden_layers=2), tensor_parallel_size=4, timeout=100.0) as llm:
+        llm.team.call("call", "tests.integration.test_nano_ranks:fail_on_rank_2", {})
+        llm.add_request(PROMPT)
+        with pytest.raises(EngineError, match="rank 2 of nano failed: ValueError: planted"):
+            llm.step()
+
+
+@pytest.mark.deep
+def test_a_rank_of_a_stage_of_two_that_dies_is_reported_at_once() -> None:
+    with stages(2, tensor_parallel_size=2) as llm:
+        llm.add_request(PROMPT)
+        llm.step()
+        os.kill(llm.team._others[2].process.pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="rank 3 of nano died of signal 9"):
+            llm.generate([PROMPT])
+        assert time.monotonic() - started < 30
+
+
 def test_rank_0_failing_frees_the_others() -> None:
     llm = two_ranks(timeout=8.0)
     (rank,) = llm.team._others
@@ -149,3 +216,17 @@ def fail_on(rank: int, worker: Any) -> None:
 
 def fail_on_rank_1(worker: Any) -> None:
     fail_on(1, worker)
+
+
+def fail_on_rank_2(worker: Any) -> None:
+    fail_on(2, worker)
+
+
+def fail_on_stage_1(worker: Any) -> None:
+    if worker.place.rank == 1:
+        worker.model.model.layers[1].mlp.forward = fail
+
+
+def fail_on_stage_2(worker: Any) -> None:
+    if worker.place.rank == 2:
+        worker.model.model.norm.forward = fail

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paritykit.captures.manifest import Dropped
+from paritykit.errors import UsageError
 from paritykit.mapping.build import Mapping, build_mapping
 from paritykit.mapping.rules import Block, Rule
 from tests.made import manifest
@@ -296,3 +298,10 @@ def test_every_point_ends_in_one_place(
         width = sum(b.length for b in rule.blocks) if rule.blocks else theirs[rule.candidate]
         assert width == ours[rule.reference]
         assert all(b.start + b.length <= theirs[rule.candidate] and b.rank < ranks for b in rule.blocks)
+
+
+def test_a_reference_on_several_ranks_is_refused() -> None:
+    sharded = manifest({"a": 4}, ranks=2)
+    side = msgspec.structs.replace(sharded.side, parallel={"tensor_parallel_size": 2})
+    with pytest.raises(UsageError, match="2 tensor parallel ranks"):
+        build_mapping(msgspec.structs.replace(sharded, side=side), manifest({"a": 8}))

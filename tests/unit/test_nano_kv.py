@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paritykit.engines.nano.attention import Scores, attend, gather_attention, hidden_keys
+from paritykit.engines.nano.attention import Scores, attend, gather_attention, mask_scores
 from paritykit.engines.nano.kv import ContiguousCache, LayerCache, Slots
 from paritykit.engines.nano.paged import PagedCache, gather_slots
 from paritykit.engines.nano.step import Chunk, Plan, Step, slot_mapping
@@ -108,16 +108,20 @@ def test_slot_mapping() -> None:
     assert slot_mapping([3], 0, 0, 4) == []
     assert slot_mapping([7, 2], 0, 4, 2, cached=3) == [-1, -1, -1, 5]
     assert slot_mapping([7, 2], 1, 2, 2, cached=4) == [-1]
-    assert gather_slots([7, 2, 0], 5, 2).tolist() == slot_mapping([7, 2, 0], 0, 5, 2)
+    assert gather_slots((7, 2, 0), 5, 2, CPU).tolist() == slot_mapping([7, 2, 0], 0, 5, 2)
 
 
+@pytest.mark.parametrize(("tokens", "start"), [(4, 2), (2, 0), (1, 0), (1, 3)])
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_attention_is_softmax_over_what_may_be_seen(window: int | None, cap: float | None) -> None:
-    query, keys, values = normal(4, HEADS, DIM), normal(6, KV_HEADS, DIM, seed=1), normal(6, KV_HEADS, DIM, seed=2)
-    found = attend(query, keys, values, start=2, scores=Scores(0.4, window, cap))
-    for t in range(4):
-        place = t + 2
+def test_attention_is_softmax_over_what_may_be_seen(
+    tokens: int, start: int, window: int | None, cap: float | None
+) -> None:
+    query = normal(tokens, HEADS, DIM)
+    keys, values = (normal(start + tokens, KV_HEADS, DIM, seed=seed) for seed in (1, 2))
+    found = attend(query, keys, values, start=start, scores=Scores(0.4, window, cap))
+    for t in range(tokens):
+        place = t + start
         seen = range(max(0, place - window + 1) if window else 0, place + 1)
         for head in range(HEADS):
             scores = torch.stack([query[t, head] @ keys[s, head // 2] * 0.4 for s in seen])
@@ -126,6 +130,8 @@ def test_attention_is_softmax_over_what_may_be_seen(window: int | None, cap: flo
             torch.testing.assert_close(found[t, head], expected)
 
 
-def test_hidden_keys() -> None:
-    hidden = hidden_keys(2, 4, start=2, window=2, device=CPU)
-    assert hidden.tolist() == [[True, False, False, True], [True, True, False, False]]
+def test_mask_scores() -> None:
+    mask = mask_scores(2, 4, start=2, window=2, like=torch.zeros(1))
+    never = float("-inf")
+    assert mask.tolist() == [[never, 0, 0, never], [never, never, 0, 0]]
+    assert mask_scores(1, 3, start=1, window=None, like=torch.zeros(1)).tolist() == [[0, 0, never]]

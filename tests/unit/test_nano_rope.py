@@ -118,6 +118,15 @@ def test_partial_rotation_leaves_the_rest_alone(interleaved: bool) -> None:
     torch.testing.assert_close(frequencies(rope), expected, rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_keys_than_queries_are_turned_alike(dtype: torch.dtype) -> None:
+    rotary = Rotary(rope_of({"rope_type": "default"}))
+    query = torch.randn(9, 4, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned, key = rotary(query, query[:, 1:2], step_of(9))
+    assert (turned.shape, turned.dtype) == (query.shape, dtype)
+    assert torch.equal(key, turned[:, 1:2])
+
+
 def test_dynamic_scaling_does_not_depend_on_the_schedule() -> None:
     """A position is rotated for the prompt's length, or its own place after the prompt, whatever the chunk."""
     rotary = Rotary(rope_of(SCALINGS["dynamic"]))

@@ -95,6 +95,11 @@ class BlockManager:
             if block not in self._hashes and digest not in self._cached:
                 self._hashes[block], self._cached[digest] = digest, block
 
+    def forget(self) -> None:
+        """Let no block be found by its hash any more; who holds one keeps it."""
+        for block in list(self._hashes):
+            self._forget(block)
+
     def share(self, parent: str, child: str) -> None:
         """Let ``child`` hold all blocks of ``parent``; whoever writes first gets a copy."""
         self._tables[child], self._chains[child] = self.table(parent), list(self._chains[parent])

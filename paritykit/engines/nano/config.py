@@ -95,8 +95,13 @@ class NanoConfig:
         """The model in ``checkpoint``: its language model's config, but the architecture that the whole names."""
         return cls.read({**checkpoint.text_config, "architectures": checkpoint.config.get("architectures")})
 
-    def check_parallel(self, size: int) -> None:
-        """Raise UsageError if ``size`` ranks cannot share this model evenly."""
+    def check_parallel(self, size: int, *, stages: int = 1) -> None:
+        """Raise UsageError if ``size`` ranks cannot share this model evenly, or there is no layer for each stage."""
+        if stages > len(self.layers):
+            raise UsageError(
+                f"pipeline_parallel_size {stages} is more than the model's {len(self.layers)} layers: "
+                "every stage needs at least one"
+            )
         if size < 1:
             raise UsageError(f"tensor_parallel_size must be at least 1, not {size}")
         if self.heads % size:

@@ -13,9 +13,9 @@ import msgspec
 import torch
 
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.engines.nano.attention import find_backend
 from paritykit.engines.nano.blocks import BlockManager
 from paritykit.engines.nano.config import NanoConfig
+from paritykit.engines.nano.group import choose_backend
 from paritykit.engines.nano.request import Request
 from paritykit.engines.nano.sampling import GREEDY, Sampling, choose, log_probabilities
 from paritykit.engines.nano.scheduler import Scheduler
@@ -53,7 +53,13 @@ class NanoLLM:
         if arguments.get("dtype") == "auto":
             arguments["dtype"] = checkpoint.dtype
         self.settings = Settings(model=str(checkpoint.path), **arguments).resolve(self.config)
-        find_backend(self.settings.attention_backend)
+        backend = choose_backend(
+            self.settings.distributed_backend,
+            device=self.settings.device,
+            ranks=self.settings.ranks,
+            gpus=torch.cuda.device_count(),
+        )
+        self.settings = msgspec.structs.replace(self.settings, distributed_backend=backend)
         self.blocks = BlockManager(
             self.settings.num_blocks, self.settings.block_size, prefix_caching=self.settings.enable_prefix_caching
         )
@@ -221,5 +227,5 @@ class NanoLLM:
 
 def describe_settings(settings: Settings) -> dict[str, str]:
     """The settings as a report shows them."""
-    hidden = {"model", "dtype", "device", "tensor_parallel_size"}
+    hidden = {"model", "dtype", "device", "tensor_parallel_size", "pipeline_parallel_size"}
     return {k: str(v) for k, v in msgspec.structs.asdict(settings).items() if k not in hidden and v not in ("", {})}

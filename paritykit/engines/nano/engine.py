@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.nano.core import NanoLLM, describe_settings
-from paritykit.errors import EngineError
+from paritykit.engines.stages import merge_facts
+from paritykit.errors import EngineError, UnknownNameError
 from paritykit.provenance.weightmap import RankLedger
+from paritykit.registry import load_attribute
 from paritykit.results import Side
 
 
@@ -32,10 +35,22 @@ class NanoEngine:
     Arguments are the fields of ``paritykit.engines.nano.settings.Settings``. With prefix caching a case's cached
     positions are computed all the same, from the cached keys and values, so that nothing is missing from the capture.
     ``provenance`` traces the loader. ``after_load`` is ``package.module:function``, called on every rank's
-    worker with ``after_load_args``, to change the loaded model.
+    worker with ``after_load_args``, to change the loaded model; ``after_open`` the same for the engine itself.
     """
 
-    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"})
+    capabilities = frozenset(
+        {
+            "chunked_prefill",
+            "decode",
+            "ledger",
+            "logits",
+            "pipeline_parallel",
+            "poison",
+            "prefix_caching",
+            "teacher_forcing",
+            "tensor_parallel",
+        }
+    )
 
     def __init__(
         self,
@@ -44,27 +59,31 @@ class NanoEngine:
         dtype: str = "float32",
         after_load: str = "",
         after_load_args: dict[str, Any] | None = None,
+        after_open: str = "",
+        after_open_args: dict[str, Any] | None = None,
         provenance: bool = True,
         **arguments: Any,
     ) -> None:
         self.checkpoint = Checkpoint.find(model)
         self._arguments = {"dtype": dtype, "provenance": provenance, **arguments}
         self._after_load = (after_load, after_load_args or {})
+        self._after_open = (after_open, after_open_args or {})
         self._llm: NanoLLM | None = None
         self._ledgers: list[RankLedger] = []
 
     def open(self) -> None:
         """Load the model on every rank."""
         self._llm = NanoLLM(self.checkpoint.path, **self._arguments)
-        target, arguments = self._after_load
-        if target:
-            self._llm.team.call("call", target, arguments)
+        for (target, arguments), host in ((self._after_load, False), (self._after_open, True)):
+            if target:
+                self.call(target, arguments, host=host)
         if self._arguments["provenance"]:
             self._ledgers = self._llm.team.call("ledger", kind=RankLedger)
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``; cases of a batch are scheduled together, as the engine's settings allow."""
         with CaptureFolder(out) as folder:
+            self.llm.blocks.forget()
             self.llm.begin_recording(folder.path, None if points.patterns is None else list(points.patterns))
             try:
                 generated = self._generate(cases, progress)
@@ -76,7 +95,7 @@ class NanoEngine:
                 if error:
                     raise EngineError(f"recording on rank {rank} of nano failed: {error}")
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
-            facts = {**self.llm.team.worker.facts(), "landings": landings}
+            facts = {**merge_facts(self._facts()), "landings": landings}
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [part for part, _ in ended]), verify=False)
 
@@ -90,7 +109,10 @@ class NanoEngine:
             device=settings.device,
             digest=self.checkpoint.digest,
             attention_backend=settings.attention_backend,
-            parallel={"tensor_parallel_size": settings.tensor_parallel_size},
+            parallel={
+                "tensor_parallel_size": settings.tensor_parallel_size,
+                "pipeline_parallel_size": settings.pipeline_parallel_size,
+            },
             versions={"paritykit": paritykit.__version__, "torch": str(torch.__version__)},
             args=describe_settings(settings),
         )
@@ -108,6 +130,18 @@ class NanoEngine:
             self._llm = None
             gc.collect()
 
+    def call(self, target: str, arguments: Mapping[str, Any], *, host: bool = False) -> None:
+        """Call ``package.module:function(worker, **arguments)`` on every rank, with ``host`` on this engine, once."""
+        if host:
+            load_attribute(target, kind="after_open function")(self, **arguments)
+        else:
+            self.llm.team.call("call", target, dict(arguments))
+
+    def poison_cache(self, value: float) -> None:
+        """Fill every slot of the KV cache with ``value``, on every rank; nothing is left in the prefix cache."""
+        self.llm.blocks.forget()
+        self.llm.team.call("poison", value)
+
     def load_weights(self, folder: str) -> None:
         """Load other weights of the same names and shapes, on every rank. Raises EngineError."""
         self.llm.team.call("load", folder)
@@ -116,17 +150,23 @@ class NanoEngine:
         """Every rank's parameters by name, as that rank holds them."""
         with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
             self.llm.team.call("save_parameters", folder)
-            return [load_file(f"{folder}/rank{n}.safetensors") for n in range(self.llm.settings.tensor_parallel_size)]
+            return [load_file(f"{folder}/rank{n}.safetensors") for n in range(self.llm.settings.ranks)]
 
     def replay(self, module: str, *inputs: torch.Tensor) -> torch.Tensor:
         """What one module gives for ``inputs``, ``[tokens, ...]`` each, taken as one request from position 0 on.
 
-        Under tensor parallelism inputs go to every rank as they are. Raises UsageError where they do not fit.
+        It runs on the stage that has it; under tensor parallelism inputs go to every rank of that as they are. Raises
+        UnknownNameError for an unknown module, UsageError for inputs that do not fit.
         """
+        facts, size = self._facts(), self.llm.settings.tensor_parallel_size
+        stage = next((n // size for n, f in enumerate(facts) if module in f["modules"]), None)
+        if stage is None:
+            raise UnknownNameError("module of nano", module, merge_facts(facts)["modules"])
+        ranks = range(stage * size, (stage + 1) * size)
         with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
             source, target = f"{folder}/inputs.safetensors", f"{folder}/output.safetensors"
             save_file({f"{n:03d}": t.contiguous() for n, t in enumerate(inputs)}, source)
-            self.llm.team.call("replay", module, source, target)
+            self.llm.team.call("replay", module, source, target, ranks=ranks)
             output: torch.Tensor = load_file(target)["output"]
             return output
 
@@ -136,6 +176,11 @@ class NanoEngine:
         if self._llm is None:
             raise EngineError("engine 'nano' is not open")
         return self._llm
+
+    def _facts(self) -> list[dict[str, Any]]:
+        """What every rank says of its modules."""
+        found: list[dict[str, Any]] = self.llm.team.call("facts", kind=dict[str, Any])
+        return found
 
     def _generate(self, cases: list[Case], progress: Progress | None) -> dict[str, list[int]]:
         index = {c.id: n for n, c in enumerate(cases)}

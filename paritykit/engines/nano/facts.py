@@ -11,7 +11,7 @@ from torch import nn
 from paritykit.captures.recorder import Seen
 from paritykit.engines.nano.attention import Attention
 from paritykit.engines.nano.linear import ColumnParallelLinear
-from paritykit.engines.nano.model import CausalLM
+from paritykit.engines.nano.model import CausalLM, Decoder
 from paritykit.engines.nano.rotary import Rotary
 from paritykit.engines.nano.weights import checkpoint_targets
 from paritykit.engines.reading import FirstTensor
@@ -22,7 +22,7 @@ ATTENTION_CORE = "the attention core has no module in the reference; its output 
 
 
 def module_facts(model: CausalLM) -> dict[str, Any]:
-    """Everything mapping needs, JSON-ready; the same fields as a vLLM worker's."""
+    """Everything mapping needs of the modules of this rank, JSON-ready; the same fields as a vLLM worker's."""
     named = list(model.named_modules(remove_duplicate=False))
     return {
         "modules": [n for n, _ in named],
@@ -54,8 +54,13 @@ def other_meaning(module: nn.Module) -> str:
     return ATTENTION_CORE if isinstance(module, Attention) else ""
 
 
+def goes_on(module: nn.Module) -> bool:
+    """Whether what the module gives is not its output yet: the next stage goes on with it."""
+    return isinstance(module, Decoder) and not module.stage.last
+
+
 class NanoReading:
-    """The first tensor of each call, but for modules that mean something else."""
+    """The first tensor of each call, but for modules that mean something else or are not done on this stage."""
 
     def __init__(self) -> None:
         self._plain = FirstTensor()
@@ -67,7 +72,7 @@ class NanoReading:
 
     def outputs(self, module: nn.Module, output: Any) -> Iterator[Seen]:
         """See ``Reading.outputs``."""
-        if not other_meaning(module):
+        if not other_meaning(module) and not goes_on(module):
             yield from self._plain.outputs(module, output)
 
 

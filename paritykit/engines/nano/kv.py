@@ -15,7 +15,14 @@ NAN_BYTE = 0x7F
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer, for all requests."""
+    """Keys and values of one layer, for all requests.
+
+    Position ``p`` of a request is in slot ``table[p // block_size] * block_size + p % block_size``.
+    """
+
+    keys: Slots
+    values: Slots
+    block_size: int
 
     def write(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Keep a step's keys and values, ``[tokens, kv_heads, head_dim]`` each."""
@@ -54,9 +61,9 @@ class Slots:
     def get(self, index: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
         """Rows ``[n, kv_heads, head_dim]`` in ``dtype``."""
         if self.scales is None:
-            return self.data[index].to(dtype)
-        rows = self._bytes[index].view(self.data.dtype)
-        return (rows.float() * self.scales[index]).to(dtype)
+            return _take(self.data, index).to(dtype)
+        rows = _take(self._bytes, index).view(self.data.dtype)
+        return (rows.float() * _take(self.scales, index)).to(dtype)
 
     def scale_of(self, rows: torch.Tensor) -> torch.Tensor:
         """What brings the largest element of every row and head to fp8's largest number, ``[n, kv_heads, 1]``."""
@@ -68,6 +75,10 @@ class Slots:
             if tensor is not None:
                 tensor[target] = tensor[source].clone()
 
+    def fill(self, value: float) -> None:
+        """Make every element ``value``, as it would be written."""
+        self.put(slice(None), torch.full(self.data.shape, value, device=self.data.device))
+
     def poison(self, index: slice) -> None:
         """Make rows NaN."""
         self._bytes[index] = NAN_BYTE if self.scales is not None else float("nan")
@@ -76,6 +87,11 @@ class Slots:
     def _bytes(self) -> torch.Tensor:
         """The data in a dtype that can be indexed: torch has no indexed copy for fp8."""
         return self.data.view(torch.uint8) if self.scales is not None else self.data
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor | slice) -> torch.Tensor:
+    """``tensor[index]``, by the quickest way."""
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
 class ContiguousCache:

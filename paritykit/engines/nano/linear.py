@@ -42,15 +42,12 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, inputs: int, parts: Mapping[Shard, Part], *, bias: bool, build: Build) -> None:
         super().__init__()
         self.parts = dict(parts)
+        self.widths = [p.local for p in parts.values()]
+        """Columns of each part on this rank."""
         self._rank = build.group.rank
-        width = sum(p.local for p in parts.values())
+        width = sum(self.widths)
         self.weight = build.parameter(width, inputs, loader=self.load)
         self.bias = build.parameter(width, loader=self.load) if bias else None
-
-    @property
-    def widths(self) -> list[int]:
-        """Columns of each part on this rank."""
-        return [p.local for p in self.parts.values()]
 
     def load(self, parameter: LoadedParameter, tensor: torch.Tensor, shard: Shard = None) -> None:
         """Copy this rank's rows of part ``shard`` to their place."""

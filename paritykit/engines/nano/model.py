@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -48,8 +49,8 @@ class SelfAttention(nn.Module):
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, ``[tokens, heads, head_dim]`` each, of this rank's heads."""
-        parts = self.qkv_proj(hidden).split(self.qkv_proj.widths, dim=-1)
-        query, key, value = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
+        heads = self.qkv_proj(hidden).view(len(hidden), -1, self.head_dim)
+        query, key, value = heads.split([w // self.head_dim for w in self.qkv_proj.widths], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
@@ -85,36 +86,70 @@ class DecoderLayer(nn.Module):
         return residual + update
 
 
+class Layers(nn.Module):
+    """The layers of a stage, each under its number in the whole model of ``total`` layers."""
+
+    def __init__(self, layers: Mapping[int, DecoderLayer], *, total: int) -> None:
+        super().__init__()
+        self.total = total
+        for number, layer in layers.items():
+            self.add_module(str(number), layer)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[DecoderLayer]:
+        return (m for m in self._modules.values() if isinstance(m, DecoderLayer))
+
+    def __getitem__(self, number: int) -> DecoderLayer:
+        found = self._modules.get(str(range(self.total)[number]))
+        if not isinstance(found, DecoderLayer):
+            raise IndexError(f"layer {number} is on another stage; here are {', '.join(self._modules)}")
+        return found
+
+
 class Decoder(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm, as far as they are on this stage.
+
+    The embedding is on the first stage, and where it is also the output head, on the last; the norm is on the last.
+    """
 
     def __init__(self, config: NanoConfig, build: Build, backend: Backend) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, build=build)
+        self.stage = build.stage
+        self.embed_tokens = self.norm = None
+        if self.stage.first or (config.tied and self.stage.last):
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, build=build)
         self.scale = config.hidden_size**0.5 if config.architecture.embedding_scaled else None
-        ropes = {layer.rope: Rotary(layer.rope) for layer in config.layers}
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, rotary=ropes[layer.rope], backend=backend, build=build)
-            for layer in config.layers
-        )
-        self.norm = _norm(config, build)
+        own = {n: config.layers[n] for n in self.stage.layers(len(config.layers))}
+        ropes = {layer.rope: Rotary(layer.rope) for layer in own.values()}
+        layers = {
+            n: DecoderLayer(config, layer, rotary=ropes[layer.rope], backend=backend, build=build)
+            for n, layer in own.items()
+        }
+        self.layers = Layers(layers, total=len(config.layers))
+        if self.stage.last:
+            self.norm = _norm(config, build)
 
-    def forward(self, step: Step) -> torch.Tensor:
-        """The step's tokens to ``[tokens, hidden]``."""
-        hidden = self.embed(step.ids)
+    def forward(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """The step's tokens, or on a later stage what the one before made of them, to ``[tokens, hidden]``."""
+        hidden = self.embed(step.ids) if hidden is None else hidden
         for layer in self.layers:
             hidden = layer(hidden, step)
-        normed: torch.Tensor = self.norm(hidden)
-        return normed
+        return hidden if self.norm is None else self.norm(hidden)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """``[tokens, hidden]``; the factor is rounded to the model's dtype, as Gemma was trained."""
+        assert self.embed_tokens is not None, "the embedding is on the first stage"
         found: torch.Tensor = self.embed_tokens(ids)
         return found if self.scale is None else found * torch.tensor(self.scale, dtype=found.dtype, device=found.device)
 
 
 class CausalLM(nn.Module):
-    """The whole model of one rank. ``forward`` gives hidden states; ``compute_logits`` makes logits of some of them."""
+    """The model as far as one rank has it.
+
+    ``forward`` gives hidden states; on the last stage ``compute_logits`` makes logits of some of them.
+    """
 
     packed_modules_mapping: ClassVar[Mapping[str, Mapping[Shard, str]]] = {
         "qkv_proj": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
@@ -126,25 +161,36 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, build, backend)
-        self.lm_head = ParallelHead(config.vocab_size, config.hidden_size, build=build)
-        if config.tied:
-            self.lm_head.tie(self.model.embed_tokens)
+        self.lm_head = None
+        if build.stage.last:
+            self.lm_head = ParallelHead(config.vocab_size, config.hidden_size, build=build)
+            if config.tied and self.model.embed_tokens is not None:
+                self.lm_head.tie(self.model.embed_tokens)
+        own = {n for n, _ in self.named_modules()}
+        numbered = (f"model.layers.{n}" for n in range(len(config.layers)))
+        self._elsewhere = {"model.embed_tokens", "model.norm", "lm_head", *numbered} - own
 
-    def forward(self, step: Step) -> torch.Tensor:
-        """``[tokens, hidden]``, after the final norm."""
-        hidden: torch.Tensor = self.model(step)
-        return hidden
+    def forward(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """``[tokens, hidden]``: after the final norm, or as the next stage is to get it."""
+        found: torch.Tensor = self.model(step, hidden)
+        return found
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[tokens, hidden]`` to ``[tokens, vocabulary]``."""
+        assert self.lm_head is not None, "the output head is on the last stage"
         return softcap(self.lm_head(hidden), self.config.final_softcap)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load (name, tensor) pairs by checkpoint name. Returns the names of the parameters that got any.
 
-        Raises EngineError for an unknown name or a wrong shape; what is missing is the caller's to check.
+        Tensors of other stages are skipped. Raises EngineError for an unknown name or a wrong shape; what is missing
+        is the caller's to check.
         """
         return load_weights(self, weights)
+
+    def elsewhere(self, tensor: str) -> bool:
+        """Whether a checkpoint tensor is for a module of another stage, which loads it or refuses it."""
+        return any(path in self._elsewhere for path in accumulate(tensor.split(".")[:3], "{}.{}".format))
 
     def attentions(self) -> list[tuple[str, SelfAttention]]:
         """Path and module of every attention, in order of layers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from paritykit.engines.nano.kv import Slots, copy_block
@@ -25,7 +27,7 @@ class PagedCache:
 
     def read(self, table: list[int], length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``LayerCache.read``: gathered by the block table into the shape that a contiguous cache has."""
-        slots = gather_slots(table, length, self.block_size).to(self.keys.data.device)
+        slots = gather_slots(tuple(table), length, self.block_size, self.keys.data.device)
         return self.keys.get(slots, dtype), self.values.get(slots, dtype)
 
     def copy(self, source: int, target: int) -> None:
@@ -33,11 +35,14 @@ class PagedCache:
         copy_block(self.keys, self.values, source, target, self.block_size)
 
 
-def gather_slots(table: list[int], length: int, block_size: int) -> torch.Tensor:
+@lru_cache(maxsize=64)  # all layers ask for the same in a step
+def gather_slots(table: tuple[int, ...], length: int, block_size: int, device: torch.device) -> torch.Tensor:
     """Where positions 0 to ``length`` of a request lie, ``[length]``: the same as ``slot_mapping``, for long texts.
 
-    >>> gather_slots([7, 2], 3, block_size=2).tolist()
+    Not to be written to: whoever asks next gets the same tensor.
+
+    >>> gather_slots((7, 2), 3, block_size=2, device=torch.device("cpu")).tolist()
     [14, 15, 4]
     """
-    first = torch.tensor(table, dtype=torch.int64)[:, None] * block_size
-    return (first + torch.arange(block_size)).flatten()[:length]
+    first = torch.tensor(table, dtype=torch.int64, device=device)[:, None] * block_size
+    return (first + torch.arange(block_size, device=device)).flatten()[:length]

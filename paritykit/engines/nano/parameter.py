@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from paritykit.engines.nano.group import Group
+from paritykit.engines.nano.stage import Stage
 from paritykit.errors import EngineError
 
 Shard = str | int | tuple[int, str] | None
@@ -24,11 +25,12 @@ class LoadedParameter(nn.Parameter):
 
 @dataclass(frozen=True)
 class Build:
-    """What every layer needs to be built: the ranks, the dtype, the device."""
+    """What every layer needs to be built: the ranks that share it, the dtype, the device, the stage of the pipeline."""
 
     group: Group
     dtype: torch.dtype
     device: torch.device
+    stage: Stage = field(default_factory=Stage)
 
     def parameter(self, *shape: int, loader: WeightLoader) -> LoadedParameter:
         """An empty parameter: NaN, so that what was never loaded shows."""

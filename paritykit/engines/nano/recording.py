@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from paritykit.captures.manifest import Part, Segment
+from paritykit.captures.manifest import CACHE_PORTS, Part, Segment
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.nano.facts import HEAD, NanoReading, token_rows
 from paritykit.engines.nano.model import CausalLM
 from paritykit.engines.nano.step import Step
-
-CACHE_PORTS = ("key_cache", "value_cache")
 
 
 class Recording:

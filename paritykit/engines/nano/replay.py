@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
+from paritykit.engines.nano.model import Decoder
 from paritykit.engines.nano.step import Chunk, Plan, Step
 from paritykit.engines.reading import first_tensor
 from paritykit.errors import EngineError, UnknownNameError, UsageError
@@ -26,6 +27,8 @@ def replay_module(worker: Worker, name: str, inputs: Path) -> torch.Tensor:
     modules = dict(worker.model.named_modules(remove_duplicate=False))
     if name not in modules or not name:
         raise UnknownNameError("module of nano", name, modules)
+    if isinstance(modules[name], Decoder) and worker.place.stage.count > 1:
+        raise UsageError(f"{name!r} is spread over the stages of the pipeline: replay its layers, or use one stage")
     given = [t.to(worker.device) for _, t in sorted(load_file(inputs).items())]
     if not given:
         raise UsageError(f"{inputs} holds no tensors to replay {name!r} with")
@@ -42,7 +45,7 @@ def replay_module(worker: Worker, name: str, inputs: Path) -> torch.Tensor:
         found = first_tensor(module(*given, **extra))
     except (RuntimeError, TypeError, IndexError) as error:
         shapes = [list(t.shape) for t in given]
-        raise UsageError(f"{name!r} does not take tensors of {shapes} on rank {worker.group.rank}: {error}") from error
+        raise UsageError(f"{name!r} does not take tensors of {shapes} on rank {worker.place.rank}: {error}") from error
     finally:
         for attention, cache in held:
             attention.cache = cache

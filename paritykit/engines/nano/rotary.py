@@ -75,8 +75,9 @@ class Rotary(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated ``query`` and ``key``, ``[tokens, heads, head_dim]`` each."""
-        cos, sin = step.once(self, lambda: self.table(step.positions, step.lengths))
-        return self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+        cos, sin = step.once(self, lambda: tuple(t.to(query.dtype) for t in self.table(step.positions, step.lengths)))
+        both = self.rotate(torch.cat((query, key), dim=1), cos, sin)
+        return both[:, : query.shape[1]], both[:, query.shape[1] :]
 
     def table(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 ``[tokens, 1, dim]``, of positions in sequences of ``lengths``, both ``[tokens]``."""
@@ -88,9 +89,9 @@ class Rotary(nn.Module):
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """The first ``dim`` elements of each head of ``x``, ``[tokens, heads, head_dim]``, rotated; the rest as is."""
         dim = self.rope.dim
-        turned, rest = x[..., :dim], x[..., dim:]
-        turned = turned * cos.to(x.dtype) + self.quarter_turn(turned) * sin.to(x.dtype)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        if dim < x.shape[-1]:
+            return torch.cat((self.rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
+        return x * cos + self.quarter_turn(x) * sin
 
     def quarter_turn(self, x: torch.Tensor) -> torch.Tensor:
         """Every pair (a, b) as (-b, a); pairs are neighbours, or an element of each half."""

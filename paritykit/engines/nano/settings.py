@@ -13,7 +13,8 @@ from paritykit.errors import UnknownNameError, UsageError
 KV_LAYOUTS = ("paged", "contiguous")
 FP8 = "float8_e4m3fn"
 LONGEST = 4096
-COUNTS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size")
+COUNTS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size")
+DISTRIBUTED_BACKENDS = ("auto", "gloo", "nccl")
 ROOM = 4
 """Requests of full length that the blocks hold where ``num_blocks`` is not given."""
 
@@ -23,14 +24,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``kv`` is ``paged`` or ``contiguous``; ``kv_dtype`` a dtype, ``fp8``, or ``auto`` for the model's;
     ``num_blocks`` and ``max_model_len`` 0 take what fits the model; ``timeout`` is how many seconds a rank waits for
-    another. ``before_load`` is ``package.module:function``, called on every rank with the empty model, ``rank`` and
-    ``before_load_args``; ``provenance`` traces where the loader puts weights.
+    another. ``tensor_parallel_size`` ranks share every layer, ``pipeline_parallel_size`` stages of so many ranks have
+    layers of their own; ``distributed_backend`` is how ranks talk. ``attention_backend`` is ``torch``, ``triton`` or
+    ``auto``, see ``choose_attention``. ``before_load`` is ``package.module:function``, called on every rank with the
+    empty model, ``rank`` and ``before_load_args``; ``provenance`` traces where the loader puts weights.
     """
 
     model: str
     dtype: str = "float32"
     device: str = "cpu"
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_backend: str = "auto"
     kv: str = "paged"
     kv_dtype: str = "auto"
     block_size: int = 16
@@ -39,11 +44,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 2048
     max_model_len: int = 0
     enable_prefix_caching: bool = False
-    attention_backend: str = "torch"
+    attention_backend: str = "auto"
     timeout: float = 60.0
     before_load: str = ""
     before_load_args: dict[str, Any] = {}
     provenance: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in all."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def resolve(self, config: NanoConfig) -> Settings:
         """These settings with every open value filled in. Raises UsageError for what cannot be."""
@@ -55,8 +65,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise UnknownNameError("KV cache layout", self.kv, KV_LAYOUTS)
         if self.timeout <= 0:
             raise UsageError(f"timeout must be positive, not {self.timeout}")
-        config.check_parallel(self.tensor_parallel_size)
-        return self._sized(config)
+        if self.distributed_backend not in DISTRIBUTED_BACKENDS:
+            raise UnknownNameError("distributed_backend", self.distributed_backend, DISTRIBUTED_BACKENDS)
+        config.check_parallel(self.tensor_parallel_size, stages=self.pipeline_parallel_size)
+        return self._with_attention()._sized(config)
+
+    def _with_attention(self) -> Settings:
+        from paritykit.engines.nano.attention import choose_attention
+
+        name = choose_attention(self.attention_backend, device=self.device, dtype=dtype_name(self.dtype))
+        return msgspec.structs.replace(self, attention_backend=name)
 
     def _sized(self, config: NanoConfig) -> Settings:
         limit = longest(config)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from paritykit import errors
-from paritykit.engines.nano.group import Alone, Gloo, Group
+from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.settings import Settings
 from paritykit.engines.nano.step import Plan
 from paritykit.engines.nano.worker import Worker
@@ -40,18 +40,23 @@ class Call(msgspec.Struct, array_like=True):
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """What it gave, or which error (a class of ``paritykit.errors``, or empty) it ended with."""
+    """What it gave, or which error (a class of ``paritykit.errors``, or empty) it ended with.
+
+    ``usage``: what was asked for cannot be, and the rank is as good as before; ``lost``: it failed for want of another.
+    """
 
     value: msgspec.Raw = msgspec.Raw(b"\xc0")
     failed: bool = False
     error: str = ""
     message: str = ""
+    usage: bool = False
+    lost: bool = False
 
 
 class RankProcess:
     """Another rank: ``python -m paritykit.engines.nano.rank``. It ends when its pipe does, so it outlives nobody."""
 
-    def __init__(self, rank: int, settings: Settings, store: Path) -> None:
+    def __init__(self, rank: int, settings: Settings, store: Path, *, threads: int) -> None:
         self.rank = rank
         self._log: IO[bytes] = tempfile.TemporaryFile(prefix="paritykit-rank-")  # noqa: SIM115  (closed by kill)
         call_read, call_write = os.pipe()
@@ -60,7 +65,7 @@ class RankProcess:
         self._answers = Connection(answer_read, writable=False)
         theirs = (call_read, answer_write)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paritykit.engines.nano.rank", str(rank), *map(str, theirs), str(store)],
+            [sys.executable, "-m", "paritykit.engines.nano.rank", *map(str, (rank, *theirs, threads, store))],
             pass_fds=theirs,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -121,14 +126,11 @@ class Team:
         self._over = False
         self._folder: Path | None = None
         self._threads = torch.get_num_threads()
-        group: Group = Alone()
         try:
-            if settings.tensor_parallel_size > 1:
-                group = self._recruit(settings)
-            self.worker = Worker(settings, group)
-            self._answers(None)
-            if isinstance(group, Gloo):
-                self._everyone(Call("connect"), group.connect, self._patience)
+            place = self._recruit(settings) if settings.ranks > 1 else Place()
+            self.worker = Worker(settings, place)
+            self._check(self._answers(self._others, None))
+            self._everyone(Call("connect"), place.connect, self._patience)
         except (RuntimeError, AssertionError) as error:
             self.close(grace=0.0)
             raise EngineError(f"nano cannot start {settings.model}: {_first_line(error)}") from error
@@ -136,15 +138,16 @@ class Team:
             self.close(grace=0.0)
             raise
 
-    def call(self, method: str, *arguments: Any, kind: Any = None) -> list[Any]:
-        """What ``method`` gives on every rank, in order; other ranks' answers are read as ``kind``.
+    def call(self, method: str, *arguments: Any, kind: Any = None, ranks: Sequence[int] | None = None) -> list[Any]:
+        """What ``method`` gives on every rank, or on ``ranks``, in order; other ranks' answers are read as ``kind``.
 
-        Raises EngineError if a rank fails or dies, on whichever rank that was.
+        Raises EngineError if a rank fails or dies, on whichever rank that was, and UsageError where all refuse.
         """
         own, answers = self._everyone(
-            Call(method, list(arguments)), lambda: getattr(self.worker, method)(*arguments), None
+            Call(method, list(arguments)), lambda: getattr(self.worker, method)(*arguments), None, ranks=ranks
         )
-        return [own, *(msgspec.msgpack.decode(a.value, type=kind) if kind else None for a in answers)]
+        found = [msgspec.msgpack.decode(a.value, type=kind) if kind else None for a in answers]
+        return [own, *found] if ranks is None or 0 in ranks else found
 
     def run(self, plan: Plan) -> torch.Tensor:
         """See ``Worker.run``."""
@@ -162,27 +165,37 @@ class Team:
             self._folder = None
             torch.set_num_threads(self._threads)
 
-    def _recruit(self, settings: Settings) -> Gloo:
+    def _recruit(self, settings: Settings) -> Place:
         self._folder = Path(tempfile.mkdtemp(prefix="paritykit-ranks-"))
-        store, size = self._folder / "store", settings.tensor_parallel_size
-        torch.set_num_threads(max(1, self._threads // size))  # ranks that fight for cores wait for each other
-        for rank in range(1, size):
-            self._others.append(RankProcess(rank, settings, store))
-        return Gloo(0, size, store=store, timeout=settings.timeout)
+        store = self._folder / "store"
+        threads = max(1, self._threads // settings.ranks)  # ranks that fight for cores wait for each other
+        torch.set_num_threads(threads)
+        for rank in range(1, settings.ranks):
+            self._others.append(RankProcess(rank, settings, store, threads=threads))
+        return Place.of(0, settings, store=store)
 
-    def _everyone(self, call: Call, own: Callable[[], Any], patience: float | None) -> tuple[Any, list[Answer]]:
-        """Do the same on every rank. An error ends the team, but for a usage error that all ranks agree on."""
+    def _everyone(
+        self,
+        call: Call,
+        own: Callable[[], Any],
+        patience: float | None,
+        *,
+        ranks: Sequence[int] | None = None,
+    ) -> tuple[Any, list[Answer]]:
+        """Do the same on all ranks, or on some. An error ends the team, but for a usage error that all agree on."""
         if self._over:
             raise EngineError("nano's ranks were stopped after an error; open the engine again")
+        called = [r for r in self._others if ranks is None or r.rank in ranks]
+        mine = ranks is None or 0 in ranks
         refusal, value = None, None
         try:
-            for rank in self._others:
+            for rank in called:
                 rank.send(call)
             try:
-                value = own()
+                value = own() if mine else None
             except UsageError as error:
                 refusal = error
-            answers = self._answers(patience, agreed=refusal is None)
+            answers = self._answers(called, patience)
         except RuntimeError as error:
             reason = self._reason()
             self._end()
@@ -191,11 +204,13 @@ class Team:
         except BaseException:
             self._end()
             raise
+        refused = [a.usage for a in answers.values()] + [refusal is not None] * mine
+        if not all(refused) and (refusal is not None or any(a.failed for a in answers.values())):
+            self._end()
         if refusal is not None:
-            if not all(a.failed for a in answers):
-                self._end()
             raise refusal
-        return value, answers
+        self._check(answers)
+        return value, list(answers.values())
 
     def _end(self) -> None:
         """Stop the other ranks for good; alone, rank 0 has nobody to be out of step with."""
@@ -203,20 +218,28 @@ class Team:
         self.close(grace=0.0)
 
     def _reason(self) -> str:
-        """What another rank says of a failure that rank 0 saw; empty if the others are well."""
-        try:
-            self._answers(GRACE)
-        except ParityError as error:
-            return str(error)
-        return ""
+        """What the other ranks say of a failure that rank 0 saw, whoever knows it best; empty if all are well."""
+        told: list[tuple[int, str]] = []
+        for rank in self._others:
+            try:
+                answer = rank.receive(GRACE)
+            except EngineError as error:
+                told.append((rank.process.poll() is None, str(error)))
+            else:
+                if answer.failed:
+                    told.append((2 * answer.lost, str(_error(answer, rank.rank))))
+        return min(told, default=(0, ""), key=lambda t: t[0])[1]
 
-    def _answers(self, patience: float | None, *, agreed: bool = True) -> list[Answer]:
-        """Every other rank's answer. Raises what a rank failed with, where rank 0 ``agreed`` to the call itself."""
-        answers = [rank.receive(patience) for rank in self._others]
-        for rank, answer in zip(self._others, answers, strict=True):
-            if answer.failed and agreed:
-                raise _error(answer, rank.rank)
-        return answers
+    def _answers(self, called: list[RankProcess], patience: float | None) -> dict[int, Answer]:
+        """The answers of those ranks, by rank. Raises EngineError if one is gone or silent."""
+        return {rank.rank: rank.receive(patience) for rank in called}
+
+    def _check(self, answers: Mapping[int, Answer]) -> None:
+        """Raise what a rank failed with: one that failed by itself rather than one that waited for it."""
+        failed = [(a.lost, rank) for rank, a in answers.items() if a.failed]
+        if failed:
+            _, rank = min(failed)
+            raise _error(answers[rank], rank)
 
 
 def _error(answer: Answer, rank: int) -> ParityError:

@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 
 def checkpoint_targets(model: CausalLM) -> dict[str, Target]:
-    """Every tensor that a checkpoint of this model has, by name, and where it goes."""
+    """Every tensor that a checkpoint has for this rank's stage of the model, by name, and where it goes."""
     found: dict[str, Target] = {}
     for name, _ in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -55,7 +55,7 @@ def load_weights(model: CausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -
     loaded = set()
     for name, tensor in weights:
         if name not in targets:
-            if _harmless(model, name):
+            if model.elsewhere(name) or _harmless(model, name):
                 continue
             raise EngineError(f"the checkpoint has a tensor {name!r}, and {model.config.architecture.name} has none")
         parameter, shard = targets[name]
@@ -70,11 +70,11 @@ def load_weights(model: CausalLM, weights: Iterable[tuple[str, torch.Tensor]]) -
 
 
 def load_checkpoint(model: CausalLM, folder: Path, *, rank: int = 0, provenance: bool = False) -> RankLedger | None:
-    """Load every weight from ``folder``; with ``provenance``, say where each of them went.
+    """Load every weight of this rank's stage from ``folder``; with ``provenance``, say where each of them went.
 
     Raises EngineError where one is missing, unknown, misshapen or unreadable.
     """
-    files = complete_files(model, folder)
+    files = {name: file for name, file in complete_files(model, folder).items() if not model.elsewhere(name)}
     if not provenance:
         model.load_weights(read_tensors(folder, files))
         return None

@@ -15,11 +15,12 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.nano.attention import find_backend
 from paritykit.engines.nano.config import NanoConfig
 from paritykit.engines.nano.facts import module_facts
-from paritykit.engines.nano.group import Group
+from paritykit.engines.nano.group import rank_device
 from paritykit.engines.nano.kv import ContiguousCache, LayerCache, Slots
 from paritykit.engines.nano.model import CausalLM
 from paritykit.engines.nano.paged import PagedCache
 from paritykit.engines.nano.parameter import Build
+from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.recording import Recording
 from paritykit.engines.nano.replay import replay_module
 from paritykit.engines.nano.settings import Settings
@@ -30,29 +31,36 @@ from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
 
 
-def build_model(config: NanoConfig, settings: Settings, group: Group) -> CausalLM:
-    """The model of one rank, its weights not loaded."""
-    build = Build(group, getattr(torch, settings.dtype), torch.device(settings.device))
+def build_model(config: NanoConfig, settings: Settings, place: Place) -> CausalLM:
+    """The model as far as one rank has it, its weights not loaded."""
+    device = rank_device(settings.device, rank=place.rank, gpus=torch.cuda.device_count())
+    build = Build(place.group, getattr(torch, settings.dtype), device, place.stage)
     return CausalLM(config, build, backend=find_backend(settings.attention_backend)).eval()
 
 
 class Worker:
     """Built with every setting resolved. Its methods are called on all ranks alike."""
 
-    def __init__(self, settings: Settings, group: Group) -> None:
-        self.settings, self.group = settings, group
-        self.device = torch.device(settings.device)
-        self.model = build_model(NanoConfig.of(Checkpoint(Path(settings.model))), settings, group)
+    def __init__(self, settings: Settings, place: Place) -> None:
+        self.settings, self.place, self.group = settings, place, place.group
+        self.model = build_model(NanoConfig.of(Checkpoint(Path(settings.model))), settings, place)
+        self.device = next(self.model.parameters()).device
         if settings.before_load:
             prepare = load_attribute(settings.before_load, kind="before_load function")
-            prepare(self.model, rank=group.rank, **settings.before_load_args)
+            prepare(self.model, rank=place.rank, **settings.before_load_args)
         self._ledger = load_checkpoint(
-            self.model, Path(settings.model), rank=group.rank, provenance=settings.provenance
+            self.model, Path(settings.model), rank=place.rank, provenance=settings.provenance
         )
         self.caches = [self.make_cache() for _ in self.model.attentions()]
         for (_, attention), cache in zip(self.model.attentions(), self.caches, strict=True):
             attention.attn.cache = cache
         self._recording: Recording | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        found: torch.dtype = getattr(torch, self.settings.dtype)
+        return found
 
     def make_cache(self, num_blocks: int = 0) -> LayerCache:
         """An empty cache for one layer, with blocks as in the settings."""
@@ -64,9 +72,9 @@ class Worker:
         )
         return (PagedCache if settings.kv == "paged" else ContiguousCache)(keys, values, settings.block_size)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor:
-        """Compute a step; logits ``[sampled chunks, vocabulary]``."""
+        """Compute a step; logits ``[sampled chunks, vocabulary]``, on rank 0 and on the last stage."""
         for source, target in plan.copies:
             for cache in self.caches:
                 cache.copy(source, target)
@@ -74,21 +82,29 @@ class Worker:
         recording = self._recording
         if recording is not None:
             recording.begin(step)
-        hidden = self.model(step)
-        if recording is None or not recording.wants_logits:
-            logits = self.model.compute_logits(hidden[step.sampled]) if step.sampled else hidden.new_empty(0, 0)
-        else:
-            whole = self.model.compute_logits(hidden)
-            recording.logits(Seen("logits", whole))
-            logits = whole[step.sampled]
+        shape = len(step.ids), self.model.config.hidden_size
+        hidden = self.model(step, self.place.receive_hidden(*shape, dtype=self.dtype, device=self.device))
+        self.place.send_hidden(hidden)
+        logits = self._logits(hidden, step)
         if recording is not None:
             recording.end()
-        return logits
+        return self.place.bring_logits(logits)
+
+    def _logits(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        """Those of the sampled rows; where there is no head, room for them."""
+        recording = self._recording
+        if not self.place.stage.last:
+            return hidden.new_empty(len(step.sampled), self.model.config.vocab_size)
+        if recording is not None and recording.wants_logits:
+            whole = self.model.compute_logits(hidden)
+            recording.logits(Seen("logits", whole))
+            return whole[step.sampled]
+        return self.model.compute_logits(hidden[step.sampled]) if step.sampled else hidden.new_empty(0, 0)
 
     def begin(self, folder: str, points: list[str] | None) -> None:
         """Start recording into ``folder``; a recording that was left open is dropped."""
         self.end()
-        self._recording = Recording(self.model, Path(folder), rank=self.group.rank, points=points)
+        self._recording = Recording(self.model, Path(folder), rank=self.place.rank, points=points)
 
     def end(self) -> tuple[Part, str]:
         """Stop recording; this rank's part, and the error that ended it early, if any."""
@@ -101,6 +117,12 @@ class Worker:
         if self._recording is not None:
             self._recording.cache(label, table, length)
 
+    def poison(self, value: float) -> None:
+        """Fill every slot of every cache."""
+        for cache in self.caches:
+            cache.keys.fill(value)
+            cache.values.fill(value)
+
     def facts(self) -> dict[str, Any]:
         """See ``module_facts``."""
         return module_facts(self.model)
@@ -110,7 +132,8 @@ class Worker:
         if self._ledger is None:
             raise EngineError("nano's loader was not traced: provenance is off")
         facts = self.facts()
-        return msgspec.structs.replace(self._ledger, names=facts["names"], fused=facts["fused"])
+        stage = self.place.stage.number
+        return msgspec.structs.replace(self._ledger, names=facts["names"], fused=facts["fused"], stage=stage)
 
     def call(self, target: str, arguments: dict[str, Any]) -> None:
         """``package.module:function(worker, **arguments)``, to change a loaded model under test."""
@@ -123,11 +146,14 @@ class Worker:
     def save_parameters(self, folder: str) -> None:
         """Write every parameter as this rank holds it, to ``rank<n>.safetensors``."""
         tensors = {n: p.data.detach().cpu().clone() for n, p in self.model.named_parameters()}
-        save_file(tensors, Path(folder) / f"rank{self.group.rank}.safetensors")
+        save_file(tensors, Path(folder) / f"rank{self.place.rank}.safetensors")
 
     @torch.no_grad()
     def replay(self, module: str, inputs: str, output: str) -> None:
-        """Run one module on the tensors in file ``inputs``; rank 0 writes what it gives to ``output``."""
+        """Run one module on the tensors in file ``inputs``; its stage's first rank writes what it gives to ``output``.
+
+        Called on the ranks of a stage that has it.
+        """
         result = replay_module(self, module, Path(inputs))
         if self.group.rank == 0:
             save_file({"output": result.contiguous()}, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from paritykit.reports.html.columns import Strings, squeeze
@@ -57,7 +58,7 @@ def weights_of(results: Results) -> Weights | None:
     if not results.weights:
         return None
     groups = grouped(results.weights)
-    rows = [_static(group, row) for group in sorted(groups, key=lambda g: not g.wrong) for row in group.rows]
+    rows = [row for group in sorted(groups, key=lambda g: not g.wrong) for row in _static(group)]
     strips, more = strips_of(results.weights)
     found = {f.point for f in results.findings if f.check == CHECK and not f.case}
     packed = squeeze(_index(results.weights, groups, found))
@@ -66,9 +67,10 @@ def weights_of(results: Results) -> Weights | None:
     )
 
 
-def _static(group: Alike, row: WeightRow) -> StaticRow:
-    shown = target(row) if len(group.tensors) > 1 else row.target
-    return StaticRow(group.name, len(group.tensors), row, relative(row.parameter, to=row.tensor), shown)
+def _static(group: Alike) -> Iterator[StaticRow]:
+    for row, place in zip(group.rows, group.places, strict=True):
+        shown = target(row) if len(group.tensors) > 1 else row.target
+        yield StaticRow(group.name, len(group.tensors), row, place, shown)
 
 
 def counts_of(rows: list[WeightRow]) -> Counts:
