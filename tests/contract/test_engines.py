@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import paritykit as pk
 from paritykit.captures.recorder import Selection
 from paritykit.engines import ENGINES, engine
-from paritykit.engines.base import Engine
+from paritykit.engines.base import CAPABILITIES, Engine
 from paritykit.testing import tiny_model
 
 CASES = [pk.Case(id="a", tokens=(5, 6, 7), new_tokens=3), pk.Case(id="b", tokens=(9, 498), batch=1)]
@@ -35,7 +35,7 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def test_it_is_an_engine(opened: Any) -> None:
     assert isinstance(opened, Engine)
-    assert opened.capabilities <= {"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"}
+    assert opened.capabilities <= CAPABILITIES.keys()
     side = opened.describe()
     assert side.engine
     assert side.dtype == "float32"
@@ -53,6 +53,16 @@ def test_same_tokens_same_capture(opened: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(first.rows(key, case), second.rows(key, case), rtol=0, atol=0)
     assert first.rows("#logits", "a").shape == (5, 499)
     assert first.rows("#logits", "b").shape == (2, 499)
+
+
+def test_what_the_cache_held_before_does_not_matter(opened: Any, tmp_path: Path) -> None:
+    if "poison" not in opened.capabilities:
+        pytest.skip("this engine does not let its cache be filled")
+    clean = opened.run(CASES, points=Selection(), out=tmp_path / "clean")
+    opened.poison_cache(3e4)
+    poisoned = opened.run(CASES, points=Selection(), out=tmp_path / "poisoned")
+    for key in clean.points:
+        torch.testing.assert_close(clean.rows(key, "a"), poisoned.rows(key, "a"), rtol=0, atol=0)
 
 
 def test_selection_is_kept_to(opened: Any, tmp_path: Path) -> None:

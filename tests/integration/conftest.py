@@ -20,6 +20,7 @@ from paritykit.provenance.weightmap import RankLedger
 from paritykit.results import Results
 from paritykit.runner import compare_captures, weight_subject
 from paritykit.testing import tiny_model
+from paritykit.testing.faults import find
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,7 +102,7 @@ class Yard:
     def load(self, model: Path, *, ranks: int = 1, fault: str = "", **arguments: Any) -> Judged:
         arguments |= {"dtype": arguments.get("dtype", "float32"), "tensor_parallel_size": ranks}
         if fault:
-            arguments["before_load"] = f"tests.integration.planted_loading:{fault}"
+            arguments |= find(fault).arguments(layer=2)
         engine = ProcessEngine("vllm", str(model), arguments, host=self._hosts[ranks])
         engine.open()
         try:

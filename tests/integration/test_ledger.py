@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from paritykit.ledger.judge import Judged
-from paritykit.testing import TINY_FAMILIES, tiny_model
+from paritykit.testing import TINY_FAMILIES, tiny_config, tiny_model
+from paritykit.testing.faults import FAULTS, Fault
+from tests.faulty import MODELS
 from tests.integration.conftest import Yard
 
 LAYER = "model.layers.2"
@@ -44,39 +46,54 @@ def test_digits_fit_half_precision(yard: Yard, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("fault", "family", "wanted"), [
-    ("k_proj_dropped", "qwen2", {f"{ATTENTION}.k_proj.weight": "unread", f"{ATTENTION}.qkv_proj.weight": "unwritten"}),
-    ("bias_dropped", "qwen2", {f"{ATTENTION}.v_proj.bias": "unread", f"{ATTENTION}.qkv_proj.bias": "unwritten"}),
-    ("gate_up_swapped", "qwen2", {f"{MLP}.gate_proj.weight": "wrong-order", f"{MLP}.up_proj.weight": "wrong-order"}),
-    ("k_rows_permuted", "qwen2", {f"{ATTENTION}.k_proj.weight": "wrong-order"}),
-    ("norm_offset", "gemma2", {f"{LAYER}.input_layernorm.weight": "offset"}),
-    ("embedding_scaled", "gemma2", {"model.embed_tokens.weight": "scale"}),
-    ("square_transposed", "qwen2", {f"{ATTENTION}.o_proj.weight": "wrong-transpose"}),
-    ("experts_swapped", "mixtral", {f"{EXPERTS}.1.w1.weight": "wrong-slice", f"{EXPERTS}.3.w1.weight": "wrong-slice"}),
-    ("head_from_embedding", "qwen2", {"lm_head.weight": "unread", "model.embed_tokens.weight": "tied-wrongly"}),
-    ("one_element", "qwen2", {f"{MLP}.down_proj.weight": "unread"}),
-    ("one_real_element", "qwen2", {f"{MLP}.down_proj.weight": "value-changed"}),
-    ("nothing", "qwen2", {}),
+    ("weight-not-loaded", "qwen2",
+     {f"{ATTENTION}.k_proj.weight": "unread", f"{ATTENTION}.qkv_proj.weight": "unwritten"}),
+    ("bias-not-loaded", "qwen2", {f"{ATTENTION}.v_proj.bias": "unread", f"{ATTENTION}.qkv_proj.bias": "unwritten"}),
+    ("gate-and-up-exchanged", "qwen2",
+     {f"{MLP}.gate_proj.weight": "wrong-order", f"{MLP}.up_proj.weight": "wrong-order"}),
+    ("key-rows-permuted", "qwen2", {f"{ATTENTION}.k_proj.weight": "wrong-order"}),
+    ("norm-offset-baked-in", "gemma2", {f"{LAYER}.input_layernorm.weight": "offset"}),
+    ("embedding-scaled-in-file", "gemma2", {"model.embed_tokens.weight": "scale"}),
+    ("square-weight-transposed", "qwen2", {f"{ATTENTION}.o_proj.weight": "wrong-transpose"}),
+    ("experts-exchanged", "mixtral",
+     {f"{EXPERTS}.1.w1.weight": "wrong-slice", f"{EXPERTS}.3.w1.weight": "wrong-slice"}),
+    ("head-overwritten", "qwen2", {"lm_head.weight": "unread", "model.embed_tokens.weight": "tied-wrongly"}),
+    ("value-corrupt", "qwen2", {f"{MLP}.down_proj.weight": "unread"}),
+    ("value-corrupt-in-use", "qwen2", {f"{MLP}.down_proj.weight": "value-changed"}),
+    ("null-loading", "qwen2", {}),
 ])  # fmt: skip
 def test_planted_fault_is_named(yard: Yard, fault: str, family: str, wanted: dict[str, str]) -> None:
     assert failing(yard.load(tiny_model(family), fault=fault)) == wanted
 
 
 def test_swapped_q_and_k_are_named(yard: Yard) -> None:
-    judged = yard.load(tiny_model("llama", num_key_value_heads=4), fault="q_k_swapped")
+    judged = yard.load(tiny_model("llama", num_key_value_heads=4), fault="queries-and-keys-exchanged")
     assert failing(judged) == {f"{ATTENTION}.k_proj.weight": "wrong-order", f"{ATTENTION}.q_proj.weight": "wrong-order"}
 
 
 @pytest.mark.parametrize(("fault", "wanted"), [
-    ("rank_zero_everywhere", {f"{MLP}.down_proj.weight": "wrong-slice"}),
-    pytest.param("k_rows_permuted", {f"{ATTENTION}.k_proj.weight": "wrong-order"}, marks=pytest.mark.deep),
+    ("shard-of-rank-0", {f"{MLP}.down_proj.weight": "wrong-slice"}),
+    pytest.param("key-rows-permuted", {f"{ATTENTION}.k_proj.weight": "wrong-order"}, marks=pytest.mark.deep),
     pytest.param(
-        "k_proj_dropped", {f"{ATTENTION}.k_proj.weight": "unread", f"{ATTENTION}.qkv_proj.weight": "unwritten"},
+        "weight-not-loaded", {f"{ATTENTION}.k_proj.weight": "unread", f"{ATTENTION}.qkv_proj.weight": "unwritten"},
         marks=pytest.mark.deep,
     ),
 ])  # fmt: skip
 def test_planted_fault_of_two_ranks_is_named(yard: Yard, fault: str, wanted: dict[str, str]) -> None:
     judged = yard.load(tiny_model("qwen2"), ranks=2, fault=fault)
     assert failing(judged) == wanted
-    if fault == "k_proj_dropped":
+    if fault == "weight-not-loaded":
         told = next(f.message for f in judged.findings if f.metric == "unwritten")
         assert "qkv_proj.weight[64:96, :] on rank 0 is never written" in told
+
+
+LOADING = [f for _, f in FAULTS.items() if f.stage == "loading" and "vllm" in f.engines and f.kind != "null"]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("fault", LOADING, ids=[f.name for f in LOADING])
+def test_every_loading_fault_of_the_table_is_found(yard: Yard, fault: Fault) -> None:
+    name = next(n for n, (family, more) in MODELS.items() if 2 in fault.layers(tiny_config(family, **more)))
+    family, more = MODELS[name]
+    judged = yard.load(tiny_model(family, **more), ranks=fault.when.ranks, fault=fault.name)
+    assert failing(judged)
