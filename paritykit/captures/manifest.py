@@ -7,6 +7,7 @@ pass) labels its rows once, by runs of (case, first position, length), and every
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from paritykit.results import Side
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+CACHE_PORTS = ("key_cache", "value_cache")
+"""Ports of an attention module: its KV cache, ``[tokens, kv_heads, head_dim]``, keys after rotary."""
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +62,11 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """The point's name: ``model.layers.3.mlp``, ``model.norm#input``, ``model.shared@1``."""
         return point_key(self.module, port=self.port, call=self.call)
+
+    @property
+    def inner(self) -> bool:
+        """Whether it is something on the way inside the module: neither its input nor what it gives."""
+        return self.port in CACHE_PORTS
 
 
 class Dropped(msgspec.Struct, frozen=True):
@@ -116,6 +124,25 @@ def split_key(key: str) -> tuple[str, str, int]:
     path, _, port = key.partition("#")
     module, _, call = path.partition("@")
     return module, port, int(call or 0)
+
+
+def leading_points(points: Iterable[Point]) -> dict[str, Point]:
+    """The points by key, each as the lowest rank that has it recorded it, in order of execution.
+
+    Ranks of one stage record the same points, and a later stage of a pipeline has the later ones.
+    """
+    found: dict[str, Point] = {}
+    for point in sorted(points, key=lambda p: p.rank):
+        found.setdefault(point.key, point)
+    return found
+
+
+def module_ranks(points: Iterable[Point]) -> dict[str, list[int]]:
+    """Module path to the ranks that recorded it, in order: those that share it."""
+    found: dict[str, set[int]] = {}
+    for point in points:
+        found.setdefault(point.module, set()).add(point.rank)
+    return {module: sorted(ranks) for module, ranks in found.items()}
 
 
 def merge_parts(parts: list[Part]) -> Part:

@@ -75,10 +75,12 @@ class Capture:
         """How many ranks recorded."""
         return 1 + max((p.rank for p in self.manifest.points), default=0)
 
-    def point(self, key: str, *, rank: int = 0) -> Point:
-        """The point ``key`` of ``rank``; UnknownNameError with the nearest names otherwise."""
+    def point(self, key: str, *, rank: int | None = None) -> Point:
+        """The point ``key`` of ``rank``, or of the lowest that has it; UnknownNameError with the nearest names."""
         if key not in self.points:
             raise UnknownNameError("point", key, self.points)
+        if rank is None:
+            return self.points[key][min(self.points[key])]
         if rank not in self.points[key]:
             raise UnknownNameError(f"rank of {key}", str(rank), map(str, self.points[key]))
         return self.points[key][rank]
@@ -113,8 +115,11 @@ class Capture:
             self._verified.add((piece.file, piece.name))
         return tensor
 
-    def rows(self, key: str, case: str, *, rank: int = 0) -> torch.Tensor:
-        """All rows of one point and case in order of position, ``[tokens, ...]``: a copy, for looking at."""
+    def rows(self, key: str, case: str, *, rank: int | None = None) -> torch.Tensor:
+        """All rows of one point and case in order of position, ``[tokens, ...]``: a copy, for looking at.
+
+        Without ``rank``, those of the lowest that has the point.
+        """
         point = self.point(key, rank=rank)
         spans = self.spans(point, case)
         return torch.cat([self.read(s.piece)[s.row : s.row + s.length] for s in spans]) if spans else torch.empty(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -121,4 +121,18 @@ class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
     question: str
     run: Callable[[ModelSubject], Answer]
     needs: str = ""
+    detects: tuple[str, ...] = ()
+
+
+class InvarianceCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One question about an engine against itself: the same cases run in several ways. It may start engines anew.
+
+    ``run`` gets a ``paritykit.invariance.laboratory.Laboratory``. ``beside`` is what it also asks of the captures of
+    the reference and the candidate, case by case.
+    """
+
+    name: str
+    question: str
+    run: Callable[[Any], Answer]
+    beside: Callable[[Subject, str], list[Finding]] | None = None
     detects: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.measured import measure_point
 from paritykit.diagnose.locate import locate
@@ -26,6 +27,12 @@ def run(subject: Subject, case: str) -> list[Finding]:
         for m in subject.mapping.misfits
     ]
     return locate(found, subject.graph) + disagreements(subject, case)
+
+
+def cached(subject: Subject, case: str, *, check: str) -> list[Finding]:
+    """One finding for every point of the KV cache: what the candidate holds against what the reference cached."""
+    rules = [r for r in subject.mapping.rules if split_key(r.reference)[1] in CACHE_PORTS]
+    return locate([measure_point(subject, r, case, check=check) for r in rules], subject.graph)
 
 
 def disagreements(subject: Subject, case: str) -> list[Finding]:

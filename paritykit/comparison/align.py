@@ -26,7 +26,12 @@ def pairs(rule: Rule, reference: Capture, candidate: Capture, case: str) -> Iter
             length = min(left.position + left.length, right.position + right.length) - start
             if length > 0:
                 rows = rows_of(reference, left, start, length)
-                yield start, flat(rows), apply_rule(rule, _reader(candidate, case, start, length))
+                yield start, flat(rows), rule_rows(rule, candidate, case, start, length)
+
+
+def rule_rows(rule: Rule, capture: Capture, case: str, start: int, length: int) -> torch.Tensor:
+    """What a rule takes from a capture, at these positions of a case, ``[tokens, features]``."""
+    return apply_rule(rule, _reader(capture, case, start, length))
 
 
 def positions(capture: Capture, point: Point, case: str) -> int:
@@ -43,17 +48,17 @@ def rows_of(capture: Capture, span: Span, start: int, length: int) -> torch.Tens
 def _reader(capture: Capture, case: str, start: int, length: int) -> ReadRank:
     """Reads these positions of a candidate point on any rank, whatever steps that rank computed them in."""
 
-    def read(key: str, rank: int) -> torch.Tensor:
-        parts = []
-        for span in capture.spans(capture.point(key, rank=rank), case):
+    def read(key: str, rank: int | None) -> torch.Tensor:
+        point, parts = capture.point(key, rank=rank), []
+        for span in capture.spans(point, case):
             low = max(start, span.position)
             high = min(start + length, span.position + span.length)
             if high > low:
                 parts.append(rows_of(capture, span, low, high - low))
         if sum(map(len, parts)) != length:
             raise CaptureFormatError(
-                f"{capture.path}: {key} on rank {rank} lacks some of the positions {start} to {start + length - 1} "
-                f"of case {case!r}, which another point of the same rule has"
+                f"{capture.path}: {key} on rank {point.rank} lacks some of the positions {start} to "
+                f"{start + length - 1} of case {case!r}, which another point of the same rule has"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -22,7 +22,7 @@ def judge(measured: Measurement, allowed: Tolerance) -> tuple[Verdict, str, floa
     if measured.nonfinite_mismatch:
         return "fail", "nonfinite_mismatch", float(measured.nonfinite_mismatch), 0.0
     worst = max((r for r in measured.row_rel_l2 if not math.isnan(r)), default=0.0)
-    if worst / allowed.position > max(measured.rel_l2 / allowed.whole, 1.0):
+    if worst * allowed.whole > allowed.position * max(measured.rel_l2, allowed.whole):
         return "fail", "position_rel_l2", worst, allowed.position
     return ("pass" if measured.rel_l2 <= allowed.whole else "fail"), "rel_l2", measured.rel_l2, allowed.whole
 

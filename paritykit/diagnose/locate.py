@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from paritykit.captures.manifest import Manifest, Point, point_key
+from paritykit.captures.manifest import Manifest, Point, leading_points, point_key
 from paritykit.results import Divergence, Finding, Origin
 
 
@@ -19,7 +19,7 @@ class Graph:
     """Which points each point was computed from, as seen by the reference's hooks."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._points = {p.key: p for p in manifest.points if p.rank == 0}
+        self._points = leading_points(manifest.points)
         self._order = {k: n for n, k in enumerate(self._points)}
         self._parents = {p.module for p in self._points.values() if p.module}
 
@@ -27,13 +27,16 @@ class Graph:
         """Place of a point in execution order; after all others if it is unknown."""
         return self._order.get(key, len(self._order))
 
-    def blame(self, key: str) -> str:
-        """The module to look at when ``key`` is the first to fail."""
+    def blame(self, key: str, *, compared: Mapping[str, bool] | None = None) -> str:
+        """The module to look at when ``key`` is the first to fail (``compared``: key to failed).
+
+        Where it should be what another point was, and that one is right, it was lost on the way.
+        """
         point = self._points.get(key)
         if point is None:
             return key
-        if point.source:
-            return self.blame(point.source)
+        if point.source and (compared or {}).get(point.source, True):
+            return self.blame(point.source, compared=compared)
         if point.port == "input":
             return self.around(point.module) or "the model's own code"
         return point.module or key
@@ -68,7 +71,10 @@ class Graph:
     def _earlier(self, scope: str, *, before: Point) -> list[str]:
         """Everything inside ``scope`` that was finished before, and what those were fed with."""
         limit = self._order[before.key]
-        inside = [k for k in self._inside(scope) if self._order[k] < limit]
+        inside = self._inside(scope)
+        if before.module != scope or not before.inner:
+            inside += [k for k, p in self._points.items() if p.module == scope and p.inner]
+        inside = [k for k in inside if self._order[k] < limit]
         return inside + [s for k in inside if (s := self._points[k].source)]
 
 
@@ -84,7 +90,7 @@ def _marked(finding: Finding, graph: Graph, compared: Mapping[str, bool]) -> Fin
         return finding
     inherited = any(compared.get(k, False) for k in graph.origins(finding.point, compared=compared))
     origin: Origin = "inherited" if inherited else "introduced"
-    return msgspec.structs.replace(finding, origin=origin, located=graph.blame(finding.point))
+    return msgspec.structs.replace(finding, origin=origin, located=graph.blame(finding.point, compared=compared))
 
 
 def first_divergence(findings: Iterable[Finding]) -> Divergence | None:

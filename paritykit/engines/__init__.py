@@ -41,13 +41,20 @@ def engine(name: str, /, model: Any = None, *, isolated: bool | None = None, **a
 
 
 def build_engine(name: str, model: Any, arguments: dict[str, Any]) -> Any:
-    """The engine itself, in this process. Raises UsageError for arguments it does not take."""
+    """The engine itself, in this process. Raises UsageError for arguments it does not take, or what is no engine."""
     from paritykit.registry import load_attribute
 
     factory = load_attribute(name, kind="engine factory") if ":" in name else ENGINES.get(name)
     try:
-        return factory(model, **arguments)
+        made = factory(model, **arguments)
     except TypeError as error:
         if "argument" in str(error):
-            raise UsageError(f"engine {name!r}: {error}") from error
+            hint = "; a factory is called with the model's folder, dtype and every engine argument"
+            raise UsageError(f"engine {name!r}: {error}{hint if ':' in name else ''}") from error
         raise
+    if not all(callable(getattr(made, method, None)) for method in ("open", "describe", "close")):
+        raise UsageError(
+            f"engine factory {name!r} returned {type(made).__name__}, which is no engine; "
+            "for an nn.Module return paritykit.engine('module', model=..., forward=...)"
+        )
+    return made

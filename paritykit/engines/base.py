@@ -15,13 +15,27 @@ Progress = Callable[[str, int, int], None]
 """Told (what is going on, steps done, steps in all or 0 where unknown)."""
 
 
+CAPABILITIES = {
+    "logits": "gives point ``#logits`` for every position",
+    "decode": "generates new tokens after the prompt",
+    "teacher_forcing": "feeds ``case.forced``",
+    "tensor_parallel": "takes ``tensor_parallel_size``",
+    "pipeline_parallel": "takes ``pipeline_parallel_size``",
+    "chunked_prefill": "takes ``max_num_batched_tokens`` and ``max_num_seqs``, and cuts prompts to fit",
+    "prefix_caching": "takes ``enable_prefix_caching``",
+    "batch_invariant": "promises the same bits for a case alone and in a batch",
+    "poison": "has ``poison_cache(value)``, which fills the whole KV cache between runs",
+    "ledger": "has ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank as it was opened",
+}
+"""What an engine may be capable of."""
+
+
 @runtime_checkable
 class Engine(Protocol):
-    """An engine, opened once, run many times, closed for good.
+    """An engine, opened once, run many times, closed for good. ``capabilities`` are some of ``CAPABILITIES``.
 
-    ``capabilities`` may hold: ``logits`` (point ``#logits`` for every position), ``decode`` (new tokens after the
-    prompt), ``teacher_forcing`` (feeds ``case.forced``), ``tensor_parallel``, ``ledger``: the engine then also has
-    ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank, made while it was opened.
+    Optional beside them: ``replay(module, *inputs)``, what one module gives for given inputs; ``parameters()``, every
+    rank's parameters by name; ``load_weights(folder)``, other weights of the same shapes.
     """
 
     capabilities: frozenset[str]
@@ -33,7 +47,8 @@ class Engine(Protocol):
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """Run ``cases`` batch by batch, recording ``points`` into the new folder ``out``.
 
-        Every row is labelled by (case, position). Raises EngineError if the engine fails.
+        Every row is labelled by (case, position). A run starts with nothing in the prefix cache. Raises EngineError
+        if the engine fails.
         """
         ...
 

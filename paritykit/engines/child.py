@@ -21,18 +21,20 @@ from paritykit.engines import build_engine
 from paritykit.engines.group import end_group
 from paritykit.engines.messages import (
     Answer,
+    CallFunction,
     Close,
     Done,
     Failed,
     Open,
     Order,
+    PoisonCache,
     ReadLedger,
     RunCases,
     Working,
     decode_order,
     encode,
 )
-from paritykit.errors import ParityError
+from paritykit.errors import ParityError, UsageError
 
 
 def main(arguments: list[str]) -> None:
@@ -86,6 +88,14 @@ class _Host:
             return Done()
         if isinstance(order, ReadLedger):
             Path(order.out).write_bytes(msgspec.json.encode(self._engine.ledger()))
+            return Done()
+        if isinstance(order, PoisonCache):
+            self._engine.poison_cache(order.value)
+            return Done()
+        if isinstance(order, CallFunction):
+            if not hasattr(self._engine, "call"):
+                raise UsageError(f"{type(self._engine).__name__} calls no functions in its workers; nano and vllm do")
+            self._engine.call(order.target, order.arguments, host=order.host)
             return Done()
         return self._run(order)
 

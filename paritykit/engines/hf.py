@@ -29,7 +29,7 @@ from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import parse_dtype
 from paritykit.engines.features import feature_axes, parameter_names
-from paritykit.engines.reading import FirstTensor
+from paritykit.engines.kv import CacheReading
 from paritykit.errors import EngineError, UsageError
 from paritykit.results import Side
 
@@ -91,7 +91,7 @@ class HFEngine:
         with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad():
             layout = DenseLayout()
             generated: dict[str, list[int]] = {}
-            with Recorder(self._model, part, reading=FirstTensor(), selection=points, alias=True) as recorder:
+            with Recorder(self._model, part, reading=CacheReading(), selection=points, alias=True) as recorder:
                 groups = [[c] for b in batches(cases) for c in b] if self._padding == "none" else batches(cases)
                 for number, group in enumerate(groups):
                     if progress:

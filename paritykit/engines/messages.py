@@ -32,6 +32,20 @@ class ReadLedger(msgspec.Struct, tag=True):
     out: str
 
 
+class PoisonCache(msgspec.Struct, tag=True):
+    """Fill the KV cache with ``value``."""
+
+    value: float
+
+
+class CallFunction(msgspec.Struct, tag=True):
+    """Call ``package.module:function`` with every worker of the engine, or with ``host`` with the engine itself."""
+
+    target: str
+    arguments: dict[str, Any]
+    host: bool = False
+
+
 class Close(msgspec.Struct, tag=True):
     """Close the engine; the process may open another."""
 
@@ -58,7 +72,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Order = Open | RunCases | ReadLedger | Close
+Order = Open | RunCases | ReadLedger | PoisonCache | CallFunction | Close
 Answer = Done | Working | Failed
 
 encode = msgspec.msgpack.encode

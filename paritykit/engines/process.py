@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -22,11 +23,13 @@ from paritykit.engines.base import Progress
 from paritykit.engines.group import end_group
 from paritykit.engines.messages import (
     Answer,
+    CallFunction,
     Close,
     Done,
     Failed,
     Open,
     Order,
+    PoisonCache,
     ReadLedger,
     RunCases,
     Working,
@@ -185,6 +188,14 @@ class ProcessEngine:
             path = Path(folder) / "ledger.json"
             self.host.ask(ReadLedger(str(path)))
             return msgspec.json.decode(path.read_bytes(), type=list[RankLedger])
+
+    def call(self, target: str, arguments: Mapping[str, Any], *, host: bool = False) -> None:
+        """Call a function in the engine's process, as the engine's own ``call`` does: nano and vLLM have one."""
+        self.host.ask(CallFunction(target, dict(arguments), host))
+
+    def poison_cache(self, value: float) -> None:
+        """See ``Engine``."""
+        self.host.ask(PoisonCache(value))
 
     def describe(self) -> Side:
         """The engine as it really runs; EngineError before ``open``."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import paritykit as pk
+from paritykit.captures.manifest import CACHE_PORTS
 from paritykit.captures.recorder import Selection
 from paritykit.config import load_config
 from paritykit.engines.hf import HFEngine
@@ -31,13 +33,25 @@ CASES = [
 CONDITIONS: dict[str, dict[str, Any]] = {
     "contiguous": {"kv": "contiguous"},
     "blocks of 1": {"block_size": 1},
+    "blocks of 3": {"block_size": 3},
     "blocks of 16": {"block_size": 16},
     "blocks of 32": {"block_size": 32},
     "chunks of 9": {"max_num_batched_tokens": 9},
     "token by token": {"max_num_batched_tokens": 1},
     "preemption": {"block_size": 4, "num_blocks": 20, "max_num_batched_tokens": 64},
+    "prefix caching": {"block_size": 4, "enable_prefix_caching": True},
+}
+RANKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "two ranks": (2, {"tensor_parallel_size": 2, "block_size": 3, "max_num_batched_tokens": 37}),
+    "more ranks than kv heads": (1, {"tensor_parallel_size": 2, "block_size": 16, "kv": "paged"}),
+    "ranks of contiguous caches": (2, {"tensor_parallel_size": 2, "kv": "contiguous"}),
 }
 Compare = Callable[..., Results]
+IN_CI = {("qwen2", "two ranks"), ("gemma2", "two ranks"), ("mixtral", "more ranks than kv heads")}
+
+
+def marked(family: str, condition: str, *, quick: bool) -> Any:
+    return pytest.param(family, condition, marks=() if quick else pytest.mark.deep)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,19 +115,23 @@ def test_family(compare: Compare, family: str) -> None:
     results = compare(family, block_size=3, max_num_batched_tokens=37)
     assert_parity(results)
     skipped = {u.point.rpartition(".")[2].partition("@")[0]: u.reason for c in results.coverage for u in c.skipped}
-    caches = {"self_attn#key_cache", "self_attn#value_cache"}
-    assert set(skipped) <= {"rotary_emb", "embed_tokens", "act_fn", "attn", *caches}
+    assert set(skipped) <= {"rotary_emb", "embed_tokens", "act_fn", "attn"}
+    assert {f"model.layers.1.self_attn#{p}" for p in CACHE_PORTS} <= {f.point for f in results.findings}
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("family", ["gemma3"])
+@pytest.mark.parametrize(
+    ("family", "condition"), [marked(f, c, quick=f == "gemma3") for f in FAMILIES for c in CONDITIONS]
+)
 def test_condition(compare: Compare, family: str, condition: str) -> None:
     assert_parity(compare(family, **CONDITIONS[condition]))
 
 
-@pytest.mark.parametrize(("family", "kv_heads"), [("qwen2", 2), ("gemma2", 2), ("mixtral", 1)])
-def test_ranks(compare: Compare, family: str, kv_heads: int) -> None:
-    results = compare(family, kv_heads=kv_heads, tensor_parallel_size=2, block_size=3, max_num_batched_tokens=37)
+@pytest.mark.parametrize(
+    ("family", "condition"), [marked(f, c, quick=(f, c) in IN_CI) for f in FAMILIES for c in RANKS]
+)
+def test_ranks(compare: Compare, family: str, condition: str) -> None:
+    kv_heads, arguments = RANKS[condition]
+    results = compare(family, kv_heads=kv_heads, **arguments)
     assert_parity(results)
     joined = {f.point: f.mapping for f in results.findings}
     assert "rank 1" in joined["model.layers.0.self_attn.q_proj"]
@@ -125,13 +143,18 @@ def test_prefix_caching_reads_what_is_cached_and_shows_every_position(captures: 
     engine = NanoEngine(str(model_of("gemma2")), enable_prefix_caching=True, block_size=4, provenance=False)
     engine.open()
     fed = [c.force(reference.generated(c.id)) for c in CASES]
-    engine.run(fed, points=Selection(()), out=tmp_path / "first")
-    capture = engine.run(fed, points=Selection(), out=tmp_path / "second")
+    cold = [msgspec.structs.replace(c, id=f"{c.id} cold") for c in fed]
+    cases = [*cold, *(msgspec.structs.replace(c, batch=1) for c in fed)]
+    capture = engine.run(cases, points=Selection(), out=tmp_path / "clean")
     assert_parity(compare_captures(reference, capture, config=load_config({}, environ={})))
-    for cache in engine.llm.team.worker.caches:
-        assert isinstance(cache, PagedCache)
-        cache.values.data[: len(cache.values.data) // 2] *= 1.5
-    spoilt = engine.run(fed, points=Selection(), out=tmp_path / "third")
+
+    def spoil(_: str, batch: int, batches: int) -> None:
+        assert batches == 2
+        for cache in engine.llm.team.worker.caches if batch else ():
+            assert isinstance(cache, PagedCache)
+            cache.values.data[: len(cache.values.data) // 2] *= 1.5
+
+    spoilt = engine.run(cases, points=Selection(), out=tmp_path / "spoilt", progress=spoil)
     results = compare_captures(reference, spoilt, config=load_config({}, environ={}))
     assert results.summary.first_divergence is not None
     assert results.summary.first_divergence.point == "model.layers.0.self_attn"

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.sibling import is_large, make_sibling
+from paritykit.engines.stages import merge_facts
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
+from paritykit.registry import load_attribute
 from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
@@ -48,7 +51,19 @@ class VllmEngine:
     where a ``load_format`` is given.
     """
 
-    capabilities = frozenset({"logits", "decode", "teacher_forcing", "tensor_parallel", "ledger"})
+    capabilities = frozenset(
+        {
+            "chunked_prefill",
+            "decode",
+            "ledger",
+            "logits",
+            "pipeline_parallel",
+            "poison",
+            "prefix_caching",
+            "teacher_forcing",
+            "tensor_parallel",
+        }
+    )
 
     def __init__(
         self,
@@ -56,6 +71,7 @@ class VllmEngine:
         *,
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         after_load: str = "",
         after_load_args: dict[str, Any] | None = None,
         before_load: str = "",
@@ -66,7 +82,7 @@ class VllmEngine:
         self.checkpoint = Checkpoint.find(model)
         check_parallel(self.checkpoint, tensor_parallel_size)
         self._dtype = dtype
-        self._ranks = tensor_parallel_size
+        self._ranks, self._stages = tensor_parallel_size, pipeline_parallel_size
         self._after_load = (after_load, after_load_args or {})
         self._before_load = (before_load, before_load_args or {})
         self._provenance = provenance
@@ -90,6 +106,8 @@ class VllmEngine:
             self._llm = vllm.LLM(**self._all_arguments())
         except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
             raise EngineError(f"vLLM cannot start {self.checkpoint.path}: {first_reason(error)}") from error
+        if self._stages > 1:
+            self._call("parity_warm_up")
         target, arguments = self._after_load
         if target:
             self._call("parity_call", target, msgspec.json.encode(arguments))
@@ -103,16 +121,16 @@ class VllmEngine:
             orders = Orders(
                 folder=str(folder.path),
                 points=None if points.patterns is None else list(points.patterns),
-                cases=[CaseOrder(len(c.tokens), list(c.forced)) for c in cases],
+                cases=[CaseOrder(len(c.tokens), list(c.forced), c.positions) for c in cases],
             )
             generated, outcomes = self._recorded(orders, cases, progress)
             for rank, outcome in enumerate(outcomes):
                 if outcome.error:
                     raise EngineError(f"recording on rank {rank} of vLLM failed: {outcome.error}")
-            for case, chosen in zip(cases, outcomes[0].chosen, strict=True):
+            for case, chosen in zip(cases, outcomes[-self._ranks].chosen, strict=True):
                 generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
-            facts = {**self._facts[0], "landings": landings}
+            facts = {**merge_facts(self._facts), "landings": landings}
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
 
@@ -123,8 +141,10 @@ class VllmEngine:
         config = self._llm.llm_engine.vllm_config
         shown = {
             "block_size": config.cache_config.block_size,
+            "enable_prefix_caching": config.cache_config.enable_prefix_caching,
             "max_model_len": config.model_config.max_model_len,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
         }
         return Side(
             engine="vllm",
@@ -133,7 +153,7 @@ class VllmEngine:
             device=str(self._facts[0]["device"]) if self._facts else "cpu",
             digest=self.checkpoint.digest,
             attention_backend=", ".join(self._facts[0]["attention"]) if self._facts else "",
-            parallel={"tensor_parallel_size": self._ranks},
+            parallel={"tensor_parallel_size": self._ranks, "pipeline_parallel_size": self._stages},
             versions={"vllm": import_vllm().__version__, "torch": str(torch.__version__)},
             args={k: str(v) for k, v in {**shown, **self._arguments}.items()},
         )
@@ -144,6 +164,21 @@ class VllmEngine:
             msgspec.structs.replace(r, names=f["names"], fused=f["fused"], error=self._untraced or r.error)
             for r, f in zip(self._ledgers, self._facts, strict=True)
         ]
+
+    def call(self, target: str, arguments: Mapping[str, Any], *, host: bool = False) -> None:
+        """Call ``package.module:function(worker, **arguments)`` on every rank, with ``host`` on this engine, once."""
+        if host:
+            load_attribute(target, kind="host function")(self, **arguments)
+            return
+        try:
+            self._call("parity_call", target, msgspec.json.encode(dict(arguments)))
+        except RuntimeError as error:
+            raise EngineError(f"vLLM's workers could not call {target}: {first_reason(error)}") from error
+
+    def poison_cache(self, value: float) -> None:
+        """Fill the KV cache of every layer and rank with ``value``; nothing is left in the prefix cache."""
+        self._llm.reset_prefix_cache()
+        self._call("parity_poison", msgspec.json.encode(value))
 
     def close(self) -> None:
         """Shut vLLM down and free its groups, so that another engine can start in this process."""
@@ -162,6 +197,7 @@ class VllmEngine:
         self, orders: Orders, cases: list[Case], progress: Progress | None
     ) -> tuple[dict[str, list[int]], list[Outcome]]:
         """Tokens and every rank's outcome; the hooks are removed whatever happens."""
+        self._llm.reset_prefix_cache()
         self._call("parity_begin", msgspec.json.encode(orders))
         try:
             generated = self._generate(cases, progress)
@@ -210,7 +246,7 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         if len(tempfile.gettempdir()) > LONG and os.access(SHORT, os.W_OK):
             os.environ.setdefault("VLLM_RPC_BASE_PATH", SHORT)
-        if self._ranks == 1:
+        if self._ranks * self._stages == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
     def _check_arguments(self, vllm: Any) -> None:
@@ -218,8 +254,9 @@ class VllmEngine:
         for name in self._arguments:
             if name not in known:
                 raise UnknownNameError("vLLM argument", name, known)
-        if vllm.platforms.current_platform.is_cpu() and self._ranks > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(r) for r in range(self._ranks)))
+        ranks = self._ranks * self._stages
+        if vllm.platforms.current_platform.is_cpu() and ranks > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(r) for r in range(ranks)))
 
     def _all_arguments(self) -> dict[str, Any]:
         from vllm.platforms import current_platform
@@ -229,6 +266,7 @@ class VllmEngine:
             "model": str(self.checkpoint.path),
             "dtype": self._dtype,
             "tensor_parallel_size": self._ranks,
+            "pipeline_parallel_size": self._stages,
             "enforce_eager": True,
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
@@ -248,7 +286,13 @@ class VllmEngine:
         return defaults | self._arguments
 
     def _learn(self) -> None:
-        """Keep the layout of a small sibling; a model that has none is loaded all the same, without a ledger."""
+        """Keep the layout of a small sibling; a model that has none is loaded all the same, without a ledger.
+
+        A sibling has fewer layers, and so its stages say nothing of this model's.
+        """
+        if self._stages > 1:
+            self._untraced = "a model this large is traced with pipeline_parallel_size=1 only"
+            return
         try:
             maps = self._learned()
         except EngineError as error:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -54,14 +54,15 @@ class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Trace, load, compare."""
         orders = self._orders
-        rank = get_tensor_model_parallel_rank()
+        stage = int(get_pp_group().rank_in_group)
+        rank = stage * get_tensor_model_parallel_world_size() + get_tensor_model_parallel_rank()
         if orders.before_load:
             load_attribute(orders.before_load, kind="before_load function")(model, rank=rank, **orders.before_load_args)
         if not orders.trace:
             super().load_weights(model, model_config)
             return
         with torch.no_grad():
-            LEDGERS[model] = watch_load(
+            ledger = watch_load(
                 model,
                 weights=partial(self.get_all_weights, model_config, model),
                 load=model.load_weights,  # type: ignore[arg-type]
@@ -70,6 +71,7 @@ class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
                 padding=padding(model),
                 known=read_maps(Path(orders.known))[rank] if orders.known else None,
             )
+            LEDGERS[model] = msgspec.structs.replace(ledger, stage=stage)
 
 
 def read_maps(path: Path) -> list[WeightMap]:

@@ -10,10 +10,11 @@ CASE_KEY = "parity_case"
 
 
 class CaseOrder(msgspec.Struct, frozen=True, array_like=True):
-    """What the worker must know of a case: prompt length, ids to force, and in place of what."""
+    """What the worker must know of a case: prompt length, ids to force, and how many positions it will compute."""
 
     prompt: int
     forced: list[int]
+    positions: int
 
 
 class Orders(msgspec.Struct, kw_only=True):

@@ -14,13 +14,15 @@ import msgspec
 import torch
 from torch import nn
 
-from paritykit.captures.manifest import Part, Segment
+from paritykit.captures.manifest import CACHE_PORTS, Part, Segment, point_key
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
+from paritykit.engines.vllm.kv import CacheReader
 from paritykit.engines.vllm.loader import LEDGERS
 from paritykit.engines.vllm.orders import CASE_KEY, Orders, Outcome
 from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
+from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
@@ -40,6 +42,12 @@ class ParityWorker:
         facts = {**module_facts(model), "names": declared, "head": HEAD, "device": describe_device(model)}
         return msgspec.json.encode(facts)
 
+    def parity_warm_up(self) -> None:
+        """A pass over nothing, which makes room for what the stage before hands over: without it vLLM's CPU worker
+        refuses its first request ("assert self.intermediate_tensors is not None").
+        """
+        self.model_runner.profile_run()
+
     def parity_call(self, target: str, arguments: bytes) -> None:
         """Call ``package.module:function(worker, **arguments)``, to change a loaded model under test."""
         load_attribute(target, kind="after_load function")(self, **msgspec.json.decode(arguments))
@@ -50,6 +58,13 @@ class ParityWorker:
         if ledger is None:
             ledger = RankLedger(rank=self.rank, found=WeightMap(), error="the loader was not watched")
         return msgspec.json.encode(ledger)
+
+    def parity_poison(self, value: bytes) -> None:
+        """Fill every layer's KV cache with a number."""
+        layers = self.model_runner.vllm_config.compilation_config.static_forward_context.values()
+        for cache in (getattr(layer, "kv_cache", None) for layer in layers):
+            if isinstance(cache, torch.Tensor) and cache.is_floating_point():
+                cache.fill_(msgspec.json.decode(value, type=float))
 
     def parity_begin(self, orders: bytes) -> None:
         """Attach hooks and start recording."""
@@ -73,14 +88,16 @@ class _Session:
         self._part = PartWriter(Path(orders.folder), rank=rank)
         self._segments: list[Segment] = []
         self._chosen: list[list[int]] = [[] for _ in orders.cases]
+        self._caches = CacheReader()
         self._undo: list[tuple[Any, str]] = []
+        self._selection = Selection(orders.points)
         self._recorder = Recorder(
             self._model,
             self._part,
             reading=VllmReading(),
             alias=False,
             keep_error=True,
-            selection=Selection(orders.points),
+            selection=self._selection,
         )
         first = self._model.register_forward_pre_hook(self._start)
         self._recorder.__enter__()
@@ -155,16 +172,47 @@ class _Session:
         return found
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The pass is over: logits for every position, then stop until the next pass."""
+        """The pass is over: logits for every position (on the last stage), then stop until the next pass."""
         del args
         hidden = meaning_of(module, output)
-        if hidden is not None and self._recorder.active:
-            rows = sum(s.length for s in self._segments)
+        if self._recorder.active:
             with self._recorder.guard():
-                logits = self._compute_logits(hidden[:rows])
-                if logits is not None:
-                    self._recorder.record(Seen("logits", logits), module="", kind=type(module).__name__)
+                if hidden is not None:
+                    self._record_logits(hidden)
+                self._record_caches()
         self._recorder.end()
+
+    def _record_logits(self, hidden: torch.Tensor) -> None:
+        logits = self._compute_logits(hidden[: sum(s.length for s in self._segments)])
+        if logits is not None:
+            self._recorder.record(Seen("logits", logits), module="", kind=type(self._model).__name__)
+
+    def _record_caches(self) -> None:
+        """Keys and values of every request that computes its last position in this pass, read by its block table."""
+        from vllm.forward_context import get_forward_context
+
+        context = get_forward_context()
+        for name, layer in self._caches.layers(context).items():
+            module = name.rpartition(".")[0]
+            if any(point_key(module, port=p) in self._selection for p in CACHE_PORTS):
+                for row, segment in enumerate(self._segments):
+                    end = segment.start + segment.length
+                    if end == self._orders.cases[segment.case].positions:
+                        table = context.attn_metadata[name].block_table[row]
+                        self._record_cache(name, layer, table, segment=Segment(segment.case, 0, end))
+
+    def _record_cache(self, name: str, layer: Any, table: torch.Tensor, *, segment: Segment) -> None:
+        module = name.rpartition(".")[0]
+        try:
+            start, pair = self._caches.read(name, layer, table, segment.length)
+        except EngineError as error:
+            for port in CACHE_PORTS:
+                self._part.drop(module, port, str(error))
+            return
+        length = segment.length - start
+        self._recorder.begin([Segment(segment.case, start, length)], partial(_actual_rows, length, False))
+        for port, tensor in zip(CACHE_PORTS, pair, strict=True):
+            self._recorder.record(Seen(port, tensor), module=module, kind=type(layer).__name__)
 
     def _sampled_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The engine's own logits of sampled rows: note the choice, and force the ids that a case asks for."""

@@ -1,0 +1,113 @@
+"""Reading vLLM's KV cache, whatever its layout.
+
+Backends pack the inside of a block as their kernels like it, by instruction set on a CPU. Instead of knowing every
+layout, numbers are written into a spare block with the engine's own cache-write operation, and looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paritykit.errors import EngineError
+
+BASE = 128
+"""Digits below this are exact in every dtype that a cache is kept in, bfloat16 too."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a block keeps its keys and values: places in the flattened block, ``[slots, kv_heads, head_dim]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def slots(self) -> int:
+        """Positions in a block."""
+        return len(self.keys)
+
+    @classmethod
+    def find(cls, layer: Any) -> BlockLayout:
+        """The layout that an attention layer of vLLM writes. Raises EngineError where it cannot be found out."""
+        cache, heads = layer.kv_cache, layer.num_kv_heads
+        widths = layer.head_size, getattr(layer, "head_size_v", layer.head_size)
+        block = torch.zeros_like(cache[:1])
+        slots = block.numel() // (heads * sum(widths))
+        if not slots or not cache.is_floating_point() or cache.element_size() < 2:
+            raise EngineError(f"a cache of {cache.dtype} {list(cache.shape)} cannot be read")
+        shapes = [(slots, heads, w) for w in widths]
+        found = _search(layer, block, shapes)
+        places = torch.full((sum(map(math.prod, shapes)) + 1,), -1, dtype=torch.int64, device=cache.device)
+        places[found] = torch.arange(len(found), device=cache.device)
+        if found.max() >= len(places) or (places[1:] < 0).any():
+            raise EngineError("the cache does not hold what was written to it, element by element")
+        keys, values = torch.split(places[1:], [math.prod(s) for s in shapes])
+        return cls(keys.view(shapes[0]), values.view(shapes[1]))
+
+    def read(self, cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values of ``positions`` of the request with this block table, ``[tokens, kv_heads, head_dim]``."""
+        blocks = cache[table[positions // self.slots].long()].flatten(1)
+        offsets = positions % self.slots
+        return [blocks.gather(1, p[offsets].flatten(1)).view(-1, *p.shape[1:]) for p in (self.keys, self.values)]
+
+
+def _search(layer: Any, block: torch.Tensor, shapes: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Which element, counted from 1 over keys and then values, each place of the flattened block holds; 0 for none."""
+    total = sum(map(math.prod, shapes))
+    numbers = torch.arange(1, total + 1, device=block.device)
+    slots = torch.arange(shapes[0][0], device=block.device)
+    found = torch.zeros(block.numel(), dtype=torch.int64, device=block.device)
+    scale = 1
+    while scale <= total:
+        digits = (numbers // scale % BASE).to(block.dtype)
+        parts = torch.split(digits, [math.prod(s) for s in shapes])
+        keys, values = (p.view(s) for p, s in zip(parts, shapes, strict=True))
+        layer.impl.do_kv_cache_update(layer, keys, values, block.zero_(), slots)
+        found += block.flatten().to(torch.int64) * scale
+        scale *= BASE
+    return found
+
+
+class CacheReader:
+    """Reads the caches of all attention layers of one worker; layouts are found on first need and kept."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[str, BlockLayout] = {}
+
+    def layers(self, context: Any) -> dict[str, Any]:
+        """The attention layers with keys and values of their own, by name, in vLLM's forward context."""
+        found = {n: m for n, m in context.no_compile_layers.items() if is_readable(m)}
+        return {n: m for n, m in found.items() if n in context.attn_metadata}
+
+    def read(self, name: str, layer: Any, table: torch.Tensor, end: int) -> tuple[int, list[torch.Tensor]]:
+        """The first position that is sure to be kept, and keys and values from there to ``end``.
+
+        Behind a sliding window blocks are given to other layers, and a worker's block table does not tell.
+        """
+        if name not in self._layouts:
+            self._layouts[name] = BlockLayout.find(layer)
+        window = window_of(layer)
+        start = max(0, end - window) if window else 0
+        positions = torch.arange(start, end, device=table.device)
+        return start, self._layouts[name].read(layer.kv_cache, table, positions)
+
+
+def is_readable(layer: Any) -> bool:
+    """Whether ``layer`` keeps plain keys and values: no latents, no state, not another layer's."""
+    impl = getattr(layer, "impl", None)
+    return (
+        hasattr(impl, "do_kv_cache_update")
+        and hasattr(layer, "num_kv_heads")
+        and not hasattr(layer, "kv_lora_rank")
+        and isinstance(getattr(layer, "kv_cache", None), torch.Tensor)
+        and not getattr(layer, "kv_sharing_target_layer_name", None)
+    )
+
+
+def window_of(layer: Any) -> int:
+    """The sliding window of an attention layer; 0 where it sees all of the past."""
+    return int(getattr(layer, "sliding_window", None) or 0)
