@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,21 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, forced=tuple(generated)[: self.new_tokens])
 
 
+SIZED = re.compile(r"len-(\d+)(?:\+(\d+))?(?:@(\w+))?")
+EDGES = 11
+"""Among so many tokens of a sized case one is the vocabulary's last, and one the first of its second half."""
+
+
 class Recipe(msgspec.Struct, frozen=True):
-    """A built-in case before it meets a model: prompt length, generated tokens, batch."""
+    """A built-in case before it meets a model: prompt length, generated tokens, batch.
+
+    Where there is a ``text``, cases of the same text begin alike: the shorter is a prefix of the longer.
+    """
 
     length: int
     new_tokens: int = 8
     batch: int = 0
+    text: str = ""
 
     def draw(self, name: str, *, vocab_size: int, max_positions: int | None = None) -> Case:
         """The case for a model: seeded ids in ``[0, vocab_size)``, the last id among them unless there is only one.
@@ -58,9 +68,12 @@ class Recipe(msgspec.Struct, frozen=True):
         """
         new = self.new_tokens
         length = self.length if max_positions is None else max(1, min(self.length, max_positions - new))
-        rng = random.Random(f"{name}/{vocab_size}")
+        rng = random.Random(f"{self.text or name}/{vocab_size}")
         tokens = [rng.randrange(vocab_size) for _ in range(length)]
-        if length > 1:
+        if self.text:
+            tokens[EDGES // 2 :: EDGES] = [vocab_size - 1] * len(tokens[EDGES // 2 :: EDGES])
+            tokens[EDGES - 1 :: EDGES] = [vocab_size // 2] * len(tokens[EDGES - 1 :: EDGES])
+        elif length > 1:
             tokens[length // 2] = vocab_size - 1
         return Case(id=name, tokens=tuple(tokens), new_tokens=new, batch=self.batch)
 
@@ -81,6 +94,18 @@ SETS: dict[str, tuple[str, ...]] = {
 """Names for several cases that are submitted as one batch."""
 
 
+def find_recipe(name: str) -> Recipe | None:
+    """The recipe of a built-in case, or of a sized one: ``len-17``, ``len-17+4`` (new tokens), ``len-17+4@b`` (text).
+
+    >>> find_recipe("len-17+4@b")
+    Recipe(length=17, new_tokens=4, batch=0, text='@b')
+    """
+    found = SIZED.fullmatch(name)
+    if found is None or not int(found[1]):
+        return RECIPES.get(name)
+    return Recipe(int(found[1]), int(found[2] or 0), text=f"@{found[3] or 'a'}")
+
+
 class CaseSet:
     """Named cases, not yet tied to a model. ``resolve`` gives the cases; as a decorator it parametrises a test.
 
@@ -95,8 +120,8 @@ class CaseSet:
         self.names = tuple(names)
         self.fixed = tuple(fixed)
         for name in self.names:
-            if name not in RECIPES and name not in SETS:
-                raise UnknownNameError("case", name, [*RECIPES, *SETS])
+            if find_recipe(name) is None and name not in SETS:
+                raise UnknownNameError("case", name, [*RECIPES, *SETS, "len-LENGTH+NEW"])
 
     def ids(self) -> list[str]:
         """The case ids, known before any model is."""
@@ -120,7 +145,8 @@ class CaseSet:
         return iter(self.ids())
 
     def _recipes(self) -> dict[str, Recipe]:
-        return {recipe: RECIPES[recipe] for name in self.names for recipe in SETS.get(name, (name,))}
+        names = [single for name in self.names for single in SETS.get(name, (name,))]
+        return {name: recipe for name in names if (recipe := find_recipe(name)) is not None}
 
 
 def cases(*names: str, file: str | os.PathLike[str] | None = None) -> CaseSet:

@@ -242,7 +242,7 @@ def show(records: Path, point: str) -> int:
 
 
 @cli.command("list", context_settings=CONTEXT)
-@click.argument("kind", type=click.Choice(["engines", "checks", "cases", "models", "metrics", "reports"]))
+@click.argument("kind", type=click.Choice(["engines", "checks", "cases", "models", "metrics", "reports", "faults"]))
 def list_names(kind: str) -> int:
     """List what there is of a KIND.
 
@@ -251,8 +251,10 @@ def list_names(kind: str) -> int:
     """
     from paritykit.listing import LISTINGS
 
-    for name, text in LISTINGS[kind]():
-        click.echo(f"{name:<20}{text}".rstrip())
+    lines = list(LISTINGS[kind]())
+    width = max(20, *(len(name) + 2 for name, _ in lines))
+    for name, text in lines:
+        click.echo(f"{name:<{width}}{text}".rstrip())
     return 0
 
 

@@ -42,6 +42,12 @@ def _metrics() -> Iterable[tuple[str, str]]:
     yield from METRICS.items()
 
 
+def _faults() -> Iterable[tuple[str, str]]:
+    from paritykit.testing.faults import FAULTS
+
+    return ((name, fault.what) for name, fault in FAULTS.items())
+
+
 def _reports() -> Iterable[tuple[str, str]]:
     return ((name, "") for name in REPORTS.names())
 
@@ -53,4 +59,5 @@ LISTINGS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "models": _models,
     "metrics": _metrics,
     "reports": _reports,
+    "faults": _faults,
 }

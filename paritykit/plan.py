@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 from paritykit.case import Case, CaseSet, read_cases, validate
-from paritykit.checks import CHECKS
+from paritykit.checks import BASIC, CHECKS
 from paritykit.config import Config, load_config
 from paritykit.engines import check_engine, engine
 from paritykit.engines.base import Progress
@@ -59,7 +59,14 @@ class Plan:
             checkpoint=self.checkpoint,
             rules=self.rules,
             progress=progress,
+            vary=self.varied_engine,
         )
+
+    def varied_engine(self, arguments: dict[str, Any]) -> Any:
+        """The candidate with these arguments in place of its own, not started. Raises UsageError."""
+        own = {"tensor_parallel_size": self.tensor_parallel_size, **self.engine_args, **arguments}
+        ranks = own.pop("tensor_parallel_size")
+        return replace(self, engine_args=own, tensor_parallel_size=ranks).candidate_engine()
 
     def resolve_cases(self) -> list[Case]:
         """The cases for this model. Raises UsageError."""
@@ -122,7 +129,7 @@ def make_plan(
     return Plan(
         model=model,
         config=config,
-        checks=tuple(checks) or tuple(CHECKS.names()),
+        checks=tuple(checks) or BASIC,
         case_names=tuple(case_names),
         fixed=tuple(fixed),
         cases_file="" if cases_file is None else str(cases_file),

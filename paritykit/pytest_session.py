@@ -12,7 +12,7 @@ import pytest
 
 from paritykit.case import CaseSet
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Answer, ModelCheck, Subject
+from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, Subject
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
@@ -58,7 +58,7 @@ class ParitySession:
 
     def __init__(self, plan: Plan, *, reference: Any, candidate: Any, command: list[str] | None = None) -> None:
         self._plan = plan
-        self._command = command or _command(plan)
+        self._given, self._command = command, command or _command(plan, plan.case_names)
         self._session = Session(
             reference=reference,
             candidate=candidate,
@@ -66,6 +66,7 @@ class ParitySession:
             config=plan.config,
             checkpoint=plan.checkpoint,
             rules=plan.rules,
+            vary=plan.varied_engine,
         )
         self._coverage: dict[str, Coverage] = {}
         self._findings: list[Finding] = []
@@ -81,11 +82,27 @@ class ParitySession:
         check = CHECKS.get(name)
         if isinstance(check, ModelCheck):
             return self._keep(name, self._tried(lambda: self._session.answer(check)))
+        if isinstance(check, InvarianceCheck):
+            return self._keep(name, self._tried(lambda: self._session.vary(check)))
         subject = self._tried(lambda: self._session.subject)
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
         return self._keep(name, Answer(coverage=check.cover(subject), findings=check.run(subject, case)))
+
+    def hold(self, name: str, cases: CaseSet) -> Results:
+        """Run a check of invariance on cases of its own; nothing is kept for the report but a failure.
+
+        Raises UsageError for another check, or cases that do not fit the model.
+        """
+        check = CHECKS.get(name)
+        if not isinstance(check, InvarianceCheck):
+            raise UsageError(f"check {name!r} does not hold an engine against itself; use parity.check")
+        found = self._plan.checkpoint
+        resolved = cases.resolve(vocab_size=found.vocab_size, max_positions=found.max_positions)
+        answer = self._tried(lambda: self._session.vary(check, resolved))
+        command = self._given or _command(self._plan, cases.ids())
+        return self._assemble([name], [answer.coverage], answer.findings, [], command=command)
 
     def finish(self, parts: Path) -> None:
         """Close the engines and leave what was found in the folder of parts."""
@@ -115,10 +132,16 @@ class ParitySession:
         return self._assemble([name], [answer.coverage], answer.findings, answer.weights)
 
     def _assemble(
-        self, names: list[str], coverage: list[Coverage], findings: list[Finding], weights: list[WeightRow]
+        self,
+        names: list[str],
+        coverage: list[Coverage],
+        findings: list[Finding],
+        weights: list[WeightRow],
+        *,
+        command: list[str] | None = None,
     ) -> Results:
         return assemble(
-            self._session.run_record(names, command=self._command),
+            self._session.run_record(names, command=command or self._command),
             coverage=coverage,
             findings=findings,
             weights=weights,
@@ -140,17 +163,44 @@ class Parity:
         Too little compared is no pass. The test is skipped, and says so, where the check has nothing to look at.
         """
         __tracebackhide__ = True
-        try:
-            results = self._session.check(name, case)
-        except ParityError as error:
-            raise error.with_traceback(None) from None
+        results = told(lambda: self._session.check(name, case))
         self._item.user_properties += properties(results)
         if not results.findings:
             reason = next((u.reason for c in results.coverage for u in c.skipped if not case), "")
             pytest.skip(reason or f"check {name!r} has nothing to compare in case {case!r}")
-        if results.summary.verdict != "pass":
-            raise ParityFailure(failure_text(results))
-        return results
+        return passed(results)
+
+    def hold(self, name: str, workload: CaseSet) -> Results:
+        """Hold the candidate against itself on a workload: check ``name`` (batching, chunking, ...) on these cases.
+
+        Returns the records if it passes; raises ParityFailure otherwise. Made for Hypothesis: engines are shared, and a
+        workload too small to be run in two ways passes. The test is skipped where the engine cannot do what is asked.
+        """
+        __tracebackhide__ = True
+        results = told(lambda: self._session.hold(name, workload))
+        if not results.findings:
+            reasons = [u.reason for c in results.coverage for u in c.skipped]
+            if reasons:
+                pytest.skip(reasons[0])
+            return results
+        return passed(results)
+
+
+def told(attempt: Callable[[], Results]) -> Results:
+    """What ``attempt`` gives; an error raised on purpose comes without frames that are not the user's."""
+    __tracebackhide__ = True
+    try:
+        return attempt()
+    except ParityError as error:
+        raise error.with_traceback(None) from None
+
+
+def passed(results: Results) -> Results:
+    """``results`` if they pass. Raises ParityFailure."""
+    __tracebackhide__ = True
+    if results.summary.verdict != "pass":
+        raise ParityFailure(failure_text(results))
+    return results
 
 
 def properties(results: Results) -> list[tuple[str, object]]:
@@ -210,11 +260,11 @@ def _beside(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}-{name}{path.suffix}")
 
 
-def _command(plan: Plan) -> list[str]:
+def _command(plan: Plan, cases: Iterable[str]) -> list[str]:
     words = ["paritykit", "run", plan.model, "--candidate", str(plan.config["candidate"])]
     words += ["--dtype", str(plan.config["dtype"])]
     if plan.tensor_parallel_size != 1:
         words += ["--tensor-parallel-size", str(plan.tensor_parallel_size)]
     for key, value in plan.engine_args.items():
         words += ["--engine-arg", f"{key}={value}"]
-    return words + [word for name in plan.case_names for word in ("--case", name)]
+    return words + [word for name in cases for word in ("--case", name)]

@@ -94,7 +94,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     ``metric``/``value``/``allowed`` are the judged number; ``metrics`` holds all the others. ``order`` is the place in
     the reference's execution order; ``located`` the module to blame where it differs from the point that shows it.
     ``profile`` is the relative error per position, pooled to at most 64 numbers, ``positions`` the first and last
-    position and ``failing`` the position ranges (inclusive) that are beyond tolerance.
+    position and ``failing`` the position ranges (inclusive) that are beyond tolerance. ``condition`` says how the
+    engine ran, where a check holds it against itself.
     """
 
     check: str
@@ -111,6 +112,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     order: int = 0
     located: str = ""
     message: str = ""
+    condition: str = ""
     candidate_point: str = ""
     mapping: str = ""
     metrics: dict[str, float | None] = {}

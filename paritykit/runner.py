@@ -20,13 +20,16 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Answer, Check, ModelCheck, ModelSubject, Subject
+from paritykit.checks.base import LOGITS, Answer, Check, InvarianceCheck, ModelCheck, ModelSubject, Subject
 from paritykit.checks.checkpoint import answer_of
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
+from paritykit.invariance.judge import add_findings
+from paritykit.invariance.laboratory import Laboratory
+from paritykit.invariance.pool import EnginePool, Make
 from paritykit.ledger.expect import expect, read_allowed
 from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import Allowed, WeightSubject
@@ -63,8 +66,10 @@ class Session:
         checkpoint: Checkpoint | None = None,
         rules: list[UserRule] | None = None,
         progress: Progress | None = None,
+        vary: Make | None = None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._pool = None if vary is None else EnginePool(vary)
         self.config = config or load_config()
         self._tolerance = check_overrides(self.config["tolerance"])
         self._allowed = read_allowed(self.config["allow"], source=self.config.source("allow"))
@@ -86,6 +91,8 @@ class Session:
         """Close what is open and remove the captures."""
         for side in list(self._opened):
             self._close(side)
+        if self._pool is not None:
+            self._pool.close()
         self._folder.cleanup()
 
     @cached_property
@@ -139,6 +146,7 @@ class Session:
         cased = [c.name for c in loaded if isinstance(c, Check)]
         subject = self.subject if cased else None
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
+        answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
         return assemble(
             self.run_record(names, command=command),
@@ -158,6 +166,43 @@ class Session:
             return Answer(coverage=Coverage(check=check.name, points=0, compared=0, skipped=skipped), findings=[])
         self._say(f"checking: {check.name}")
         return check.run(self.model)
+
+    @cached_property
+    def laboratory(self) -> Laboratory:
+        """The candidate, to be run in several ways on the session's cases."""
+        return self._laboratory(self._cases, Path(self._folder.name))
+
+    def vary(self, check: InvarianceCheck, cases: list[Case] | None = None) -> Answer:
+        """What a check of invariance finds, on the session's cases or on others, whose captures are not kept.
+
+        Of others only the logits are looked at, unless these differ.
+        """
+        self._say(f"checking: {check.name}")
+        if cases is None:
+            answer = check.run(self.laboratory)
+            beside = [f for c in self.reference.cases for f in check.beside(self.subject, c)] if check.beside else []
+            return add_findings(answer, beside)
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            quick = check.run(self._laboratory(cases, Path(folder), points=(LOGITS,)))
+            if all(f.verdict == "pass" for f in quick.findings):
+                return quick
+            return check.run(self._laboratory(cases, Path(folder) / "all"))
+
+    def _laboratory(self, cases: list[Case], folder: Path, *, points: tuple[str, ...] | None = None) -> Laboratory:
+        return Laboratory(
+            own=lambda: self._opened_engine("candidate"),
+            pool=self._pool,
+            reference=lambda: self.reference.manifest,
+            cases=cases,
+            folder=folder,
+            points=points,
+            progress=self._progress,
+        )
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """How often the candidate was started with other arguments than its own, by these."""
+        return {} if self._pool is None else self._pool.starts
 
     def _lacks(self, check: ModelCheck) -> str:
         """Why a model check has nothing to look at; empty where it has."""
@@ -229,7 +274,7 @@ def run_checks(
 def case_check(name: str) -> Check:
     """The check of that name that compares captures. UnknownNameError for none, UsageError for a model check."""
     found = CHECKS.get(name)
-    if isinstance(found, ModelCheck):
+    if not isinstance(found, Check):
         raise UsageError(f"check {name!r} looks at a loaded engine, not at captures; see `paritykit run`")
     return found
 
@@ -293,7 +338,7 @@ def weight_subject(
     tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
     layout = reference_layout(checkpoint) if checkpoint else None
-    expected = expect(tensors, ledger=ledgers[0], reference=layout, dtype=dtype, allowed=allowed)
+    expected = expect(tensors, ledgers=ledgers, reference=layout, dtype=dtype, allowed=allowed)
     return WeightSubject(ledgers, expected)
 
 

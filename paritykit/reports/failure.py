@@ -48,6 +48,9 @@ def what(results: Results) -> str:
     candidate, reference = side_name(results.run.candidate), side_name(results.run.reference)
     if state(results) == "fail" and first is not None:
         subject = " / ".join(part for part in (first.check, first.case) if part)
+        found = first_finding(results)
+        if found is not None and found.condition:
+            return f"{subject}: {candidate} differs from itself {shorten(found.condition, LIMIT)}"
         return f"{subject}: {candidate} differs from {reference}"
     return f"{WORDS[state(results)].lower()}: {headline(results)}  [{candidate} against {reference}]"
 

@@ -146,10 +146,16 @@ def layer(point: str) -> int | None:
 
 
 def repro(results: Results) -> str:
-    """The run's command, narrowed to the check and case of the first divergence where it is ``paritykit run``."""
+    """The run's command, narrowed to the check and case of the first divergence where it is ``paritykit run``.
+
+    An engine that differs from itself may do so only beside its other cases: these stay.
+    """
     command, first = results.run.command, results.summary.first_divergence
     if first is None or not command.startswith("paritykit run "):
         return command
+    found = first_finding(results)
+    if found is not None and found.condition:
+        return shlex.join([*_without(shlex.split(command), {"--check"}), "--check", first.check])
     words = [*_without(shlex.split(command), _NARROWED), "--check", first.check]
     words += ["--case", first.case] if first.case else []
     return shlex.join(words)

@@ -156,6 +156,14 @@ def test_an_alias_passes_on_what_it_is() -> None:
     assert start(only) == ("model.layers.0.mlp.down", "model.layers.0.mlp", "introduced")
 
 
+def test_what_is_lost_between_two_modules_is_not_the_first_ones_fault() -> None:
+    """The layer before is right, and what the next one is given is not what it gave: a stage of a pipeline, say."""
+    own, mlp = "model.layers.1", "model.layers.1.mlp"
+    assert start(located(*after(f"{own}.norm#input"))) == (own, f"{own}.norm#input", "introduced")
+    assert start(located(*after(f"{mlp}.gate#input"))) == (mlp, f"{mlp}.gate#input", "introduced")
+    assert start(located("model.layers.0.mlp")) == ("model.layers.0.mlp", "model.layers.0.mlp", "introduced")
+
+
 def test_points_that_were_not_compared_are_seen_through() -> None:
     """No inputs compared, as with an engine that records none: q is fed by the norm, the norm by the layer before."""
     outputs = [k for k in KEYS if not k.endswith("#input")]

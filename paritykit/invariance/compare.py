@@ -1,0 +1,173 @@
+"""Two captures of one engine, each seen through its own mapping from the reference's names, held against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from paritykit.captures.manifest import CACHE_PORTS, Manifest, split_key
+from paritykit.captures.reader import Capture
+from paritykit.checks.base import LOGITS
+from paritykit.comparison.align import rule_rows
+from paritykit.comparison.judge import finding_from
+from paritykit.comparison.metrics import Meter
+from paritykit.comparison.tolerance import Tolerance
+from paritykit.diagnose.locate import Graph, locate
+from paritykit.mapping.build import Mapping, build_mapping
+from paritykit.mapping.rules import Rule
+from paritykit.results import Finding, Unmatched
+
+Allow = Callable[[tuple[str, str], int], Tolerance]
+"""The tolerance for the dtypes of a point, at this place in execution order."""
+
+
+class View:
+    """A capture under the reference's names: fused tensors split, shards joined."""
+
+    def __init__(self, capture: Capture, reference: Manifest) -> None:
+        self.capture = capture
+        self.mapping: Mapping = build_mapping(reference, capture.manifest)
+        self.rules: dict[str, Rule] = {r.reference: r for r in self.mapping.rules}
+
+    def stretches(self, key: str, case: str) -> list[tuple[int, int]]:
+        """Consecutive positions of a case that the capture has for a point: first, and one past the last."""
+        spans = self.capture.spans(self.capture.point(self.rules[key].candidate), case)
+        return [(s.position, s.position + s.length) for s in spans]
+
+    def rows(self, key: str, case: str, start: int, end: int) -> torch.Tensor:
+        """``[tokens, features]`` of these positions."""
+        return rule_rows(self.rules[key], self.capture, case, start, end - start)
+
+    def dtype(self, key: str) -> str:
+        """The dtype of a point."""
+        return self.capture.point(self.rules[key].candidate).dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Two views of one case, and by what they are judged.
+
+    ``cases`` are the case of the base and the one of the varied run that stands for it. ``partial``: the varied run may
+    lack positions.
+    """
+
+    base: View
+    varied: View
+    cases: tuple[str, str]
+    graph: Graph
+    allow: Allow
+    check: str
+    condition: str
+    partial: bool = False
+
+    def sides(self) -> Iterator[tuple[View, str]]:
+        """Each view with its own case."""
+        yield from zip((self.base, self.varied), self.cases, strict=True)
+
+    def allowed(self, key: str) -> Tolerance:
+        """The tolerance of a point."""
+        return self.allow((self.base.dtype(key), self.varied.dtype(key)), self.graph.order(key))
+
+    def told(self, message: str) -> str:
+        """``message`` after the condition."""
+        return f"{self.condition}: {message}" if message else self.condition
+
+
+def compare_views(scene: Scene) -> list[Finding]:
+    """One finding for every point that both views have, in execution order, failures located. Case: the base's."""
+    found = []
+    for key in scene.base.rules:
+        finding = _point(scene, key) if key in scene.varied.rules else None
+        if finding is not None:
+            told = scene.told(finding.message)
+            found.append(msgspec.structs.replace(finding, message=told, condition=scene.condition))
+    return locate(found, scene.graph)
+
+
+def _point(scene: Scene, key: str) -> Finding | None:
+    base, varied = scene.base, scene.varied
+    order, allowed = scene.graph.order(key), scene.allowed(key)
+    ours, theirs = (view.stretches(key, case) for view, case in scene.sides())
+    wanted = sum(end - start for start, end in ours)
+    meter, places = Meter(element_tolerance=allowed.whole), list[int]()
+    for start, end in overlaps(ours, theirs):
+        meter.update(*(view.rows(key, case, start, end) for view, case in scene.sides()))
+        places += range(start, end)
+    cached = split_key(key)[1] in CACHE_PORTS and bool(places)
+    if len(places) < wanted and not (scene.partial or cached):
+        message = f"computed {len(places)} of {wanted} positions"
+        return Finding(check=scene.check, case=scene.cases[0], point=key, verdict="error", order=order, message=message)
+    if not places:
+        return None
+    return finding_from(
+        meter.result(),
+        allowed,
+        check=scene.check,
+        case=scene.cases[0],
+        point=key,
+        order=order,
+        places=places,
+        shape=[len(places), math.prod(base.capture.point(base.rules[key].candidate).row)],
+        dtypes=(base.dtype(key), varied.dtype(key)),
+        candidate_point=varied.rules[key].candidate,
+        mapping=varied.rules[key].describe(),
+    )
+
+
+def overlaps(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What two ascending lists of stretches have in common.
+
+    >>> list(overlaps([(0, 5), (5, 9)], [(3, 7)]))
+    [(3, 5), (5, 7)]
+    """
+    for a, b in left:
+        for c, d in right:
+            if max(a, c) < min(b, d):
+                yield max(a, c), min(b, d)
+
+
+def compare_choices(scene: Scene) -> Finding | None:
+    """Whether both runs chose the same tokens; where they differ, whether the measured logit error explains it."""
+    ours, theirs = (view.capture.generated(case) for view, case in scene.sides())
+    length = min(len(ours), len(theirs))
+    if not length:
+        return None
+    steps = [n for n in range(length) if ours[n] != theirs[n]]
+    flips = [n for n in steps[:1] if not _near_tie(scene, n, ours[n], theirs[n])]
+    text = f"new token {steps[0]}: {ours[steps[0]]} and {theirs[steps[0]]}" if steps else ""
+    return Finding(
+        check=scene.check,
+        case=scene.cases[0],
+        point="#tokens",
+        verdict="fail" if flips else "pass",
+        metric="flips",
+        value=float(len(flips)),
+        allowed=0.0,
+        allowed_source="flips beyond the measured logit error",
+        order=scene.graph.order(LOGITS) + 1,
+        message=scene.told(text),
+        condition=scene.condition,
+        metrics={"new_tokens": float(length)},
+        mapping="greedy choices, token by token",
+    )
+
+
+def _near_tie(scene: Scene, step: int, ours: int, theirs: int) -> bool:
+    """Whether the base's margin between two choices is within what the logits were measured to differ by."""
+    if any(LOGITS not in view.rules for view, _ in scene.sides()):
+        return False
+    place = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step
+    mine, other = (view.rows(LOGITS, case, place, place + 1)[0].double() for view, case in scene.sides())
+    difference = mine - other
+    sound = float(difference.norm()) <= scene.allowed(LOGITS).position * float(mine.norm())
+    return sound and float(mine[ours] - mine[theirs]) <= 2 * float(difference.abs().max())
+
+
+def left_out(base: View, varied: View) -> list[Unmatched]:
+    """Points that one run shows and the other does not: they could not be compared."""
+    keys = [k for k in base.rules if k not in varied.rules]
+    return [Unmatched(side="candidate", point=k, reason="the other run does not show it") for k in keys]

@@ -1,0 +1,116 @@
+"""From a property to its findings: every pair of runs compared, the worst of each point and case kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+
+import msgspec
+
+from paritykit.checks.base import Answer
+from paritykit.comparison.tolerance import Tolerance
+from paritykit.errors import EngineError, UsageError
+from paritykit.invariance.bound import EXACT, reordering
+from paritykit.invariance.compare import Scene, compare_choices, compare_views, left_out
+from paritykit.invariance.laboratory import Laboratory
+from paritykit.invariance.properties import PROPERTIES
+from paritykit.invariance.trial import Skipped, Twins
+from paritykit.results import Coverage, Finding, Unmatched
+
+SEVERITY = ("skip", "pass", "inconclusive", "error", "fail")
+
+
+def judge_property(laboratory: Laboratory, name: str) -> Answer:
+    """What check ``name`` finds: one finding for each point and case, its worst over all conditions."""
+    findings: list[Finding] = []
+    skipped: list[Unmatched] = []
+    for twins in PROPERTIES[name](laboratory):
+        if isinstance(twins, Skipped):
+            skipped.append(Unmatched(side="candidate", point=twins.condition, reason=twins.reason))
+            continue
+        try:
+            found, missing = compare_twins(laboratory, twins, check=name)
+        except UsageError as error:
+            skipped.append(Unmatched(side="candidate", point=twins.varied.name, reason=str(error)))
+            continue
+        except EngineError as error:
+            found, missing = [_broken(name, twins, error)], []
+        skipped += [m for m in missing if m not in skipped]
+        findings += found
+    empty = Coverage(check=name, points=len(skipped), compared=0, skipped=skipped)
+    return add_findings(Answer(coverage=empty, findings=[]), findings)
+
+
+def add_findings(answer: Answer, more: Iterable[Finding]) -> Answer:
+    """``answer`` with more findings; of several about one point and case the worst is kept."""
+    kept = {(f.case, f.point): f for f in answer.findings}
+    for finding in more:
+        _keep(kept, finding)
+    compared = {point for _, point in kept}
+    skipped = [m for m in answer.coverage.skipped if m.point not in compared]
+    coverage = msgspec.structs.replace(
+        answer.coverage, points=len(compared) + len(skipped), compared=len(compared), skipped=skipped
+    )
+    return Answer(coverage=coverage, findings=sorted(kept.values(), key=lambda f: (f.case, f.order)))
+
+
+def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[list[Finding], list[Unmatched]]:
+    """The findings of two runs, and the points that only one of them shows. Raises UsageError, EngineError."""
+    base, varied = laboratory.view(twins.base), laboratory.view(twins.varied)
+    allow = partial(_allowed, exact=twins.exact, terms=terms_of(laboratory))
+    found: list[Finding] = []
+    for cases in twins.pairs:
+        scene = Scene(
+            base=base,
+            varied=varied,
+            cases=cases,
+            graph=laboratory.graph,
+            allow=allow,
+            check=check,
+            condition=twins.varied.name,
+            partial=twins.partial or twins.varied.points is not None,
+        )
+        choice = compare_choices(scene)
+        found += [*compare_views(scene), *([choice] if choice is not None else [])]
+    return found, [] if twins.varied.points is not None else left_out(base, varied)
+
+
+def _allowed(dtypes: tuple[str, str], depth: int, *, exact: bool, terms: int) -> Tolerance:
+    return EXACT if exact else reordering(dtypes, depth=depth, terms=terms)
+
+
+def terms_of(laboratory: Laboratory) -> int:
+    """The most terms that a sum in this model has: the widest row of any point, or the longest text."""
+    widest = max((math.prod(p.row) for p in laboratory.reference.points if p.port != "logits"), default=1)
+    return max(widest, *(c.positions for c in laboratory.cases))
+
+
+def _broken(name: str, twins: Twins, error: EngineError) -> Finding:
+    return Finding(
+        check=name,
+        case=twins.pairs[0][0],
+        point=f"#{name}",
+        verdict="error",
+        message=f"{twins.varied.name}: {error}",
+        condition=twins.varied.name,
+    )
+
+
+def _keep(kept: dict[tuple[str, str], Finding], new: Finding) -> None:
+    """Keep the worse of two findings of one point and case; a failure names all conditions that fail."""
+    key = (new.case, new.point)
+    old = kept.get(key)
+    if old is None:
+        kept[key] = new
+        return
+    worse, other = (new, old) if _badness(new) > _badness(old) else (old, new)
+    if other.verdict == worse.verdict == "fail":
+        worse = msgspec.structs.replace(worse, message=f"{worse.message}; also {other.message}".strip("; "))
+    kept[key] = worse
+
+
+def _badness(finding: Finding) -> tuple[int, float]:
+    allowed = finding.allowed or 0.0
+    value = finding.value or 0.0
+    return SEVERITY.index(finding.verdict), value / allowed if allowed else (math.inf if value else 0.0)

@@ -1,0 +1,108 @@
+"""Runs trials of one engine, each once, and keeps what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paritykit.captures.manifest import Manifest
+from paritykit.captures.recorder import Selection
+from paritykit.case import Case
+from paritykit.diagnose.locate import Graph
+from paritykit.engines.base import Engine, Progress
+from paritykit.errors import UsageError
+from paritykit.invariance.compare import View
+from paritykit.invariance.pool import EnginePool
+from paritykit.invariance.trial import Trial
+
+
+class Laboratory:
+    """The engine under test, its cases, and the reference's manifest for names; a ``Bench`` for properties.
+
+    ``own`` is that engine as the user asked for it, open; ``pool`` starts it with other arguments, None where that is
+    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        own: Callable[[], Engine],
+        pool: EnginePool | None,
+        reference: Callable[[], Manifest],
+        cases: list[Case],
+        folder: Path,
+        points: tuple[str, ...] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.cases = cases
+        self._points = points
+        self._own, self._pool, self._reference = own, pool, reference
+        self._folder, self._progress = folder, progress
+        self._views: dict[bytes, View] = {}
+
+    @cached_property
+    def reference(self) -> Manifest:
+        """Names and execution order of the reference."""
+        return self._reference()
+
+    @cached_property
+    def graph(self) -> Graph:
+        """Who fed whom, in the reference."""
+        return Graph(self.reference)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the engine can do."""
+        return self._own().capabilities
+
+    @property
+    def args(self) -> Mapping[str, str]:
+        """How the engine runs when left as the user asked for it."""
+        return self._own().describe().args
+
+    @property
+    def parallel(self) -> Mapping[str, int]:
+        """Its parallel sizes."""
+        return self._own().describe().parallel
+
+    @property
+    def engine(self) -> str:
+        """Its name."""
+        return self._own().describe().engine
+
+    def continuation(self, trial: Trial) -> dict[str, list[int]]:
+        """See ``Bench.continuation``."""
+        view = self.view(trial)
+        return {c.id: view.capture.generated(c.id) for c in trial.cases}
+
+    def view(self, trial: Trial) -> View:
+        """What a trial gave, under the reference's names; run on first need. Raises UsageError, EngineError."""
+        arguments = self._differing(trial.arguments)
+        key = msgspec.json.encode(msgspec.structs.replace(trial, name="", arguments=arguments), order="sorted")
+        if key not in self._views:
+            engine = self._engine(arguments)
+            if trial.poison is not None:
+                poison: Any = engine
+                poison.poison_cache(trial.poison)
+            points = Selection(self._points if trial.points is None else trial.points)
+            out = self._folder / f"trial{len(self._views)}"
+            if self._progress:
+                self._progress(f"running: {trial.name}", 0, 0)
+            self._views[key] = View(engine.run(list(trial.cases), points=points, out=out), self.reference)
+        return self._views[key]
+
+    def _engine(self, arguments: dict[str, Any]) -> Engine:
+        if not arguments:
+            return self._own()
+        if self._pool is None:
+            raise UsageError("this engine cannot be started again with other arguments")
+        return self._pool.get(arguments)
+
+    def _differing(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that are not the engine's own already."""
+        own = {**self.args, **{k: str(v) for k, v in self.parallel.items()}}
+        return {k: v for k, v in sorted(arguments.items()) if own.get(k) != str(v)}
