@@ -23,7 +23,7 @@ ENGINE_ARG = click.option(
     "--engine-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the engine (repeatable)."
 )
 CASES = (
-    click.option("--case", multiple=True, help="Case or set of cases (repeatable; default: smoke)."),
+    click.option("--case", multiple=True, help="Case, set of cases, or len-LENGTH+NEW (repeatable; default: smoke)."),
     _file("--cases", "JSONL file, one case a line; --case then picks by id."),
     ENGINE_ARG,
 )
@@ -36,7 +36,7 @@ WEIGHTS_OPTIONS = (*CANDIDATE, ENGINE_ARG)
 RUN_OPTIONS = (
     click.option("--reference", help="Reference engine (default: hf)."),
     *CANDIDATE,
-    click.option("--check", multiple=True, help="Check to run (repeatable; default: all)."),
+    click.option("--check", multiple=True, help="Check to run (repeatable; default: those that start no engine anew)."),
     click.option("--reference-dtype", help="The reference's dtype (default: float32)."),
     click.option(
         "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."

@@ -16,10 +16,11 @@ from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, Subject
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
+from paritykit.records import assemble, case_infos, merge_results
 from paritykit.reports import write_report
 from paritykit.reports.failure import failure_text
 from paritykit.results import Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
-from paritykit.runner import Session, assemble, case_infos, merge_results
+from paritykit.runner import Session
 
 T = TypeVar("T")
 

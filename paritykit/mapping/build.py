@@ -18,7 +18,7 @@ from paritykit.captures.manifest import (
 from paritykit.errors import UsageError
 from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix, told
 from paritykit.mapping.landed import SOURCE, merge_blocks
-from paritykit.mapping.rules import Block, Ignored, Rule, fused_blocks, sized_blocks
+from paritykit.mapping.rules import Block, Ignored, Rule, fused_blocks, repeated_heads, sized_blocks
 from paritykit.mapping.user import UserRule, expand
 from paritykit.results import Unmatched
 
@@ -195,6 +195,8 @@ class _Builder:
             fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None
         else:
             fitting = sized_blocks(wanted=wanted, local=local, ranks=ranks)
+        if fitting is None and point.inner:
+            fitting = repeated_heads(point.row, found.row, ranks=ranks)
         if fitting is None:
             return self._misfit(point, key)
         if not fitting or len(ranks) > 1:

@@ -103,7 +103,7 @@ def merge_blocks(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
     """Blocks with neighbours that continue each other made one.
 
     >>> merge_blocks((Block(0, 0, 4), Block(0, 4, 2), Block(1, 0, 2)))
-    (Block(0, 0, 6), Block(1, 0, 2))
+    (Block(rank=0, start=0, length=6), Block(rank=1, start=0, length=2))
     """
     merged: list[Block] = []
     for b in blocks:

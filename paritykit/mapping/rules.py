@@ -61,7 +61,7 @@ def fused_blocks(parts: list[Part], *, ranks: Sequence[int], wanted: int | None 
     """The blocks of part ``wanted`` (all parts, one after the other, if None) of a tensor fused on each of ``ranks``.
 
     >>> fused_blocks([Part(4, 2), Part(2, 2, 2)], ranks=[2, 3], wanted=1)
-    (Block(2, 2, 2),)
+    (Block(rank=2, start=2, length=2),)
     """
     blocks = []
     for number, part in enumerate(parts):
@@ -75,7 +75,7 @@ def sized_blocks(*, wanted: int, local: int, ranks: Sequence[int]) -> tuple[Bloc
     """Blocks that follow from sizes alone: whole on each of ``ranks``, sharded, sharded with replicas. None: no fit.
 
     >>> sized_blocks(wanted=8, local=4, ranks=[0, 1])
-    (Block(0, 0, 4), Block(1, 0, 4))
+    (Block(rank=0, start=0, length=4), Block(rank=1, start=0, length=4))
     """
     if local == wanted:
         return ()
@@ -83,3 +83,21 @@ def sized_blocks(*, wanted: int, local: int, ranks: Sequence[int]) -> tuple[Bloc
     if wanted and local and wanted % local == 0 and width % wanted == 0 and len(ranks) > 1:
         return tuple(Block(rank, 0, local) for rank in ranks[:: width // wanted])
     return None
+
+
+def repeated_heads(wanted: Sequence[int], local: Sequence[int], *, ranks: Sequence[int]) -> tuple[Block, ...] | None:
+    """Blocks for a cache row ``[heads, head_dim]`` that holds every kv head once for each query head of its group.
+
+    ``local`` is the candidate's row ``[kv_heads, head_dim]`` on each of ``ranks``. None: no fit.
+
+    >>> [block.rank for block in repeated_heads([4, 8], [1, 8], ranks=[0, 1])]
+    [0, 0, 1, 1]
+    """
+    if len(wanted) != 2 or len(local) != 2 or wanted[1] != local[1]:
+        return None
+    (heads, size), own = wanted, local[0]
+    if not own or heads % (own * len(ranks)):
+        return None
+    group = heads // (own * len(ranks))
+    kept = [head // group for head in range(heads)]
+    return tuple(Block(ranks[kv // own], kv % own * size, size) for kv in kept)

@@ -211,3 +211,24 @@ def test_layers_that_share_or_compress_are_left_alone() -> None:
     layers = {"plain": plain, "shared": shared, "latent": latent, "idle": plain}
     context = SimpleNamespace(no_compile_layers=layers, attn_metadata=dict.fromkeys(["plain", "shared", "latent"]))
     assert list(CacheReader().layers(context)) == ["plain"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reference_that_caches_every_kv_head_for_each_query_head(tmp_path: Path, ranks: int) -> None:
+    """Two kv heads, four query heads; the candidate keeps each kv head once."""
+    own = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    case = Case(id="a", tokens=(1, 2, 3))
+    segments = [Segment(0, 0, 3)]
+    reference = write_capture(
+        tmp_path / "r", [(segments, {KEY: own.repeat_interleave(2, dim=1), VALUE: own.repeat(1, 2, 1)})], cases=[case]
+    )
+    shards = [[(segments, {KEY: part, VALUE: part})] for part in own.chunk(ranks, dim=1)]
+    candidate = write_capture(tmp_path / "c", *shards, cases=[case])
+    results = compare_captures(reference, candidate, checks=["modules"])
+    assert {f.point: f.verdict for f in results.findings} == {KEY: "pass", VALUE: "fail"}
+
+
+def test_cache_rows_that_fit_in_no_way_are_a_misfit() -> None:
+    for theirs in ([2, 8], [3, 4], [8]):
+        mapping = build_mapping(manifest({KEY: [4, 4]}), manifest({KEY: theirs}))
+        assert [m.reference for m in mapping.misfits] == ([] if theirs == [2, 8] else [KEY])

@@ -15,8 +15,9 @@ from paritykit.case import Case
 from paritykit.config import load_config
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.mapping.user import UserRule
+from paritykit.records import merge_results
 from paritykit.results import Results
-from paritykit.runner import compare_captures, merge_results
+from paritykit.runner import compare_captures
 from tests.made import Step, write_capture
 
 CASES = [Case(id="a", tokens=(1, 2, 3), new_tokens=2), Case(id="b", tokens=(4, 5))]

@@ -72,9 +72,13 @@ class Worker:
         )
         return (PagedCache if settings.kv == "paged" else ContiguousCache)(keys, values, settings.block_size)
 
-    @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor:
         """Compute a step; logits ``[sampled chunks, vocabulary]``, on rank 0 and on the last stage."""
+        # A recording knows a tensor again by its version, and what inference mode makes has none.
+        with torch.inference_mode() if self._recording is None else torch.no_grad():
+            return self._compute(plan)
+
+    def _compute(self, plan: Plan) -> torch.Tensor:
         for source, target in plan.copies:
             for cache in self.caches:
                 cache.copy(source, target)
