@@ -20,10 +20,14 @@ Rows = Callable[[torch.Tensor, str], torch.Tensor | None]
 
 
 class Seen(NamedTuple):
-    """A tensor a module took (``port="input"``) or gave (``port=""``, or a name for what is not the module's own)."""
+    """A tensor a module took (``port="input"``) or gave (``port=""``, or a name for what is not the module's own).
+
+    ``owner`` is that module, where it is not the one whose hook shows the tensor.
+    """
 
     port: str
     tensor: torch.Tensor
+    owner: nn.Module | None = None
 
 
 class Reading(Protocol):
@@ -151,19 +155,22 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rows is not None:
-            name, call = self._place(module)
             with self.guard():
                 for seen in self._reading.inputs(module, args, kwargs):
-                    self.record(seen, module=name, kind=type(module).__name__, call=call)
+                    self._record(seen, module)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args
         if self._rows is not None:
-            name, call = self._place(module)
             with self.guard():
                 for seen in self._reading.outputs(module, output):
-                    self.record(seen, module=name, kind=type(module).__name__, call=call)
+                    self._record(seen, module)
             self._calls[module] = self._calls.get(module, 0) + 1
+
+    def _record(self, seen: Seen, module: nn.Module) -> None:
+        owner = module if seen.owner is None else seen.owner
+        name, call = self._place(owner)
+        self.record(seen, module=name, kind=type(owner).__name__, call=call)
 
     def _place(self, module: nn.Module) -> tuple[str, int]:
         """Path and call number. One object under several paths (a shared activation) is called once for each."""

@@ -14,35 +14,43 @@ from paritykit.engines.reading import FirstTensor
 
 
 class CacheReading(FirstTensor):
-    """Reads transformers' modules; attention modules also show what they hand to the KV cache, before their output.
+    """Reads transformers' modules, and what attention modules hand to the KV cache, as soon as a hook fires after it.
 
     That is what the cache holds, in every row: sliding layers of transformers' cache forget all but their window.
     """
 
     def __init__(self) -> None:
-        self._handed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._entered: dict[int, nn.Module] = {}
+        self._handed: list[Seen] = []
         self._watched: Any = None
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
-        """As always; a cache that is met for the first time is watched from now on."""
-        cache = kwargs.get("past_key_values")
+        """What was cached since, then as always; a cache that is met for the first time is watched from now on."""
+        layer, cache = getattr(module, "layer_idx", None), kwargs.get("past_key_values")
+        if isinstance(layer, int):
+            self._entered[layer] = module  # the innermost module with a layer's number caches for it
         if cache is not None and cache is not self._watched and hasattr(cache, "update"):
             self._watch(cache)
+        yield from self._shown()
         yield from super().inputs(module, args, kwargs)
 
     def outputs(self, module: nn.Module, output: Any) -> Iterator[Seen]:
-        """The keys and values that the module cached in this call, heads before tokens, and its output."""
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and layer in self._handed:
-            for port, tensor in zip(CACHE_PORTS, self._handed.pop(layer), strict=True):
-                yield Seen(port, tensor.transpose(1, 2))
+        """What was cached since, then the module's output."""
+        yield from self._shown()
         yield from super().outputs(module, output)
+
+    def _shown(self) -> Iterator[Seen]:
+        handed, self._handed = self._handed, []
+        yield from handed
 
     def _watch(self, cache: Any) -> None:
         update = cache.update
 
         def watched(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            self._handed[layer_idx] = (keys, values)
+            owner = self._entered.get(layer_idx)
+            if owner is not None:
+                pair = zip(CACHE_PORTS, (keys, values), strict=True)
+                self._handed += [Seen(port, tensor.transpose(1, 2), owner) for port, tensor in pair]
             return update(keys, values, layer_idx, *args, **kwargs)
 
         cache.update = watched

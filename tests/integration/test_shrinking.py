@@ -33,9 +33,9 @@ def single_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("check", "fault", "smallest"), [
     ("decode_prefill", "position-shift-in-decode", ["len-1+2"]),
     ("decode_prefill", "kv-offset-not-advanced", ["len-1+2"]),
-    ("decode_prefill", "window-missing-in-decode", [f"len-{WINDOW - 1}+3"]),
-    ("batching", "kv-table-rows-swapped", ["len-1", "len-2"]),
-    ("chunking", "position-restart-in-chunk", ["len-3"]),
+    ("decode_prefill", "window-missing-in-decode", [f"len-{WINDOW + 1}"]),
+    ("batching", "kv-table-rows-swapped", ["len-1", "len-1@b"]),
+    ("chunking", "position-restart-in-chunk", ["len-2"]),
 ])  # fmt: skip
 def test_a_failure_shrinks_to_what_can_show_it(check: str, fault: str, smallest: list[str]) -> None:
     planted = FAULTS.get(fault)

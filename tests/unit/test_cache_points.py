@@ -133,6 +133,9 @@ def test_transformers_shows_every_row_that_it_caches(gemma: HFEngine, tmp_path: 
             assert shown.shape == (42, 2, 32)
             torch.testing.assert_close(shown[-held.shape[2] :], held[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
     assert cache.layers[0].keys.shape[2] < 42 == cache.layers[1].keys.shape[2]
+    order, attention = list(capture), "model.layers.1.self_attn"
+    wanted = [f"{attention}.v_proj", *(f"{attention}#{p}" for p in CACHE_PORTS), f"{attention}.o_proj#input", attention]
+    assert sorted(wanted, key=order.index) == wanted
 
 
 def whole(capture: Capture, key: str) -> torch.Tensor:
