@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.measured import measure_point
@@ -30,9 +32,17 @@ def run(subject: Subject, case: str) -> list[Finding]:
 
 
 def cached(subject: Subject, case: str, *, check: str) -> list[Finding]:
-    """One finding for every point of the KV cache: what the candidate holds against what the reference cached."""
+    """One finding for every point of the KV cache: what the candidate holds against what the reference cached.
+
+    Nothing between the caches is looked at: the first layer whose cache is wrong counts as the one that introduced it.
+    """
     rules = [r for r in subject.mapping.rules if split_key(r.reference)[1] in CACHE_PORTS]
-    return locate([measure_point(subject, r, case, check=check) for r in rules], subject.graph)
+    found = locate([measure_point(subject, r, case, check=check) for r in rules], subject.graph)
+    first = next((split_key(f.point)[0] for f in found if f.verdict == "fail"), "")
+    return [
+        msgspec.structs.replace(f, origin="inherited") if f.verdict == "fail" and split_key(f.point)[0] != first else f
+        for f in found
+    ]
 
 
 def disagreements(subject: Subject, case: str) -> list[Finding]:

@@ -44,7 +44,7 @@ def test_family_is_at_parity_in_float32(bench: Bench, family: str) -> None:
 
 @pytest.mark.parametrize(("family", "ranks"), [
     *((f, 1) for f in ("qwen2", "gemma2", "mixtral", "qwen3_moe", "phi3", "gpt2", "opt")),
-    ("mixtral", 2),
+    pytest.param("mixtral", 2, marks=pytest.mark.deep),
     pytest.param("gpt2", 2, marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_weights_alone_say_what_the_engine_declares(bench: Bench, family: str, ranks: int) -> None:
@@ -84,7 +84,7 @@ def test_routing_in_bfloat16_is_not_called_a_failure(bench: Bench) -> None:
     assert results.summary.failed == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", pytest.param("phi3", marks=pytest.mark.deep)])
 def test_two_ranks_are_joined(bench: Bench, family: str) -> None:
     results = bench.compare(tiny_model(family), tensor_parallel_size=2)
     assert results.summary.verdict == "pass", results.summary

@@ -17,6 +17,8 @@ from paritykit.captures.manifest import CACHE_PORTS, Segment
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.checks.base import Subject
+from paritykit.checks.modules import cached
 from paritykit.diagnose.locate import Graph, locate
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.vllm.kv import BlockLayout, CacheReader
@@ -235,3 +237,17 @@ def test_cache_rows_that_fit_in_no_way_are_a_misfit() -> None:
     for theirs in ([2, 8], [3, 4], [8]):
         mapping = build_mapping(manifest({KEY: [4, 4]}), manifest({KEY: theirs}))
         assert [m.reference for m in mapping.misfits] == ([] if theirs == [2, 8] else [KEY])
+
+
+def test_the_first_wrong_cache_introduced_it(tmp_path: Path) -> None:
+    keys = [f"{n}.attn#{port}" for n in (0, 1, 2) for port in CACHE_PORTS]
+    rows = {k: torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(n)) for n, k in enumerate(keys)}
+    wrong = {k: t + (0.5 if k[0] != "0" else 0.0) for k, t in rows.items()}
+    case = Case(id="a", tokens=(1, 2, 3))
+    ours, theirs = (
+        write_capture(tmp_path / name, [([Segment(0, 0, 3)], tensors)], cases=[case])
+        for name, tensors in (("ours", rows), ("theirs", wrong))
+    )
+    subject = Subject(reference=ours, candidate=theirs, mapping=build_mapping(ours.manifest, theirs.manifest))
+    origins = {f.point: f.origin for f in cached(subject, "a", check="kv_cache")}
+    assert origins == {k: {"0": None, "1": "introduced", "2": "inherited"}[k[0]] for k in keys}
