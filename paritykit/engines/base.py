@@ -34,8 +34,10 @@ CAPABILITIES = {
 class Engine(Protocol):
     """An engine, opened once, run many times, closed for good. ``capabilities`` are some of ``CAPABILITIES``.
 
-    Optional beside them: ``replay(module, *inputs)``, what one module gives for given inputs; ``parameters()``, every
-    rank's parameters by name; ``load_weights(folder)``, other weights of the same shapes.
+    Optional beside them: ``variations``, other constructor arguments under which it must give the same, most telling
+    first, by check (``kv_cache``, ``tensor_parallel``, ``pipeline_parallel``); ``replay(module, *inputs)``, what one
+    module gives for given inputs; ``parameters()``, every rank's parameters by name; ``load_weights(folder)``, other
+    weights of the same shapes.
     """
 
     capabilities: frozenset[str]

@@ -162,6 +162,7 @@ class ProcessEngine:
     def __init__(self, name: str, model: str, arguments: dict[str, Any], *, host: HostProcess | None = None) -> None:
         self.name = name
         self.capabilities: frozenset[str] = frozenset()
+        self.variations: dict[str, list[dict[str, Any]]] = {}
         self._order = Open(name, model, arguments)
         self.host = host or HostProcess()
         self._shared = host is not None
@@ -171,6 +172,7 @@ class ProcessEngine:
         """Start the process and load the model."""
         answer = self.host.ask(self._order)
         self._side, self.capabilities = answer.side, frozenset(answer.capabilities)
+        self.variations = answer.variations
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``. Nothing half-written is left behind, even if the process is killed."""

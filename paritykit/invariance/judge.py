@@ -12,22 +12,27 @@ from paritykit.checks.base import Answer
 from paritykit.comparison.tolerance import Tolerance
 from paritykit.errors import EngineError, UsageError
 from paritykit.invariance.bound import EXACT, reordering
-from paritykit.invariance.compare import Scene, compare_choices, compare_views, left_out
+from paritykit.invariance.compare import Scene, compare_tokens, compare_views, left_out
 from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.properties import PROPERTIES
-from paritykit.invariance.trial import Skipped, Twins
+from paritykit.invariance.trial import Arguments, Skipped, Twins
 from paritykit.results import Coverage, Finding, Unmatched
 
 SEVERITY = ("skip", "pass", "inconclusive", "error", "fail")
 
 
-def judge_property(laboratory: Laboratory, name: str) -> Answer:
-    """What check ``name`` finds: one finding for each point and case, its worst over all conditions."""
+def judge_property(laboratory: Laboratory, name: str, *, only: Arguments | None = None) -> Answer:
+    """What check ``name`` finds: one finding for each point and case, its worst over all conditions.
+
+    With ``only`` the conditions are those that run the engine with these arguments.
+    """
     findings: list[Finding] = []
     skipped: list[Unmatched] = []
     for twins in PROPERTIES[name](laboratory):
         if isinstance(twins, Skipped):
             skipped.append(Unmatched(side="candidate", point=twins.condition, reason=twins.reason))
+            continue
+        if only is not None and twins.varied.arguments != only:
             continue
         try:
             found, missing = compare_twins(laboratory, twins, check=name)
@@ -40,6 +45,15 @@ def judge_property(laboratory: Laboratory, name: str) -> Answer:
         findings += found
     empty = Coverage(check=name, points=len(skipped), compared=0, skipped=skipped)
     return add_findings(Answer(coverage=empty, findings=[]), findings)
+
+
+def arguments_of(laboratory: Laboratory, name: str) -> list[Arguments]:
+    """The arguments with which check ``name`` runs the engine, each set once, in order."""
+    found: list[Arguments] = []
+    for twins in PROPERTIES[name](laboratory):
+        if isinstance(twins, Twins) and twins.varied.arguments not in found:
+            found.append(twins.varied.arguments)
+    return found
 
 
 def add_findings(answer: Answer, more: Iterable[Finding]) -> Answer:
@@ -58,7 +72,7 @@ def add_findings(answer: Answer, more: Iterable[Finding]) -> Answer:
 def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[list[Finding], list[Unmatched]]:
     """The findings of two runs, and the points that only one of them shows. Raises UsageError, EngineError."""
     base, varied = laboratory.view(twins.base), laboratory.view(twins.varied)
-    allow = partial(_allowed, exact=twins.exact, terms=terms_of(laboratory))
+    allow = partial(_allowed, exact=twins.exact, terms=laboratory.terms)
     found: list[Finding] = []
     for cases in twins.pairs:
         scene = Scene(
@@ -71,19 +85,13 @@ def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[
             condition=twins.varied.name,
             partial=twins.partial or twins.varied.points is not None,
         )
-        choice = compare_choices(scene)
+        choice = compare_tokens(scene)
         found += [*compare_views(scene), *([choice] if choice is not None else [])]
     return found, [] if twins.varied.points is not None else left_out(base, varied)
 
 
 def _allowed(dtypes: tuple[str, str], depth: int, *, exact: bool, terms: int) -> Tolerance:
     return EXACT if exact else reordering(dtypes, depth=depth, terms=terms)
-
-
-def terms_of(laboratory: Laboratory) -> int:
-    """The most terms that a sum in this model has: the widest row of any point, or the longest text."""
-    widest = max((math.prod(p.row) for p in laboratory.reference.points if p.port != "logits"), default=1)
-    return max(widest, *(c.positions for c in laboratory.cases))
 
 
 def _broken(name: str, twins: Twins, error: EngineError) -> Finding:

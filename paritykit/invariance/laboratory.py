@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,14 +18,17 @@ from paritykit.engines.base import Engine, Progress
 from paritykit.errors import UsageError
 from paritykit.invariance.compare import View
 from paritykit.invariance.pool import EnginePool
-from paritykit.invariance.trial import Trial
+from paritykit.invariance.trial import Arguments, Trial
+
+T = TypeVar("T")
 
 
 class Laboratory:
     """The engine under test, its cases, and the reference's manifest for names; a ``Bench`` for properties.
 
     ``own`` is that engine as the user asked for it, open; ``pool`` starts it with other arguments, None where that is
-    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all.
+    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all. A
+    bench that is not ``thorough`` picks few of the ways to run.
     """
 
     def __init__(
@@ -36,9 +40,11 @@ class Laboratory:
         cases: list[Case],
         folder: Path,
         points: tuple[str, ...] | None = None,
+        thorough: bool = True,
         progress: Progress | None = None,
     ) -> None:
         self.cases = cases
+        self._thorough = thorough
         self._points = points
         self._own, self._pool, self._reference = own, pool, reference
         self._folder, self._progress = folder, progress
@@ -53,6 +59,12 @@ class Laboratory:
     def graph(self) -> Graph:
         """Who fed whom, in the reference."""
         return Graph(self.reference)
+
+    @cached_property
+    def terms(self) -> int:
+        """The most terms that a sum in this model has: the widest row of any point, or the longest text."""
+        widest = max((math.prod(p.row) for p in self.reference.points if p.port != "logits"), default=1)
+        return max(widest, *(c.positions for c in self.cases))
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -73,6 +85,15 @@ class Laboratory:
     def engine(self) -> str:
         """Its name."""
         return self._own().describe().engine
+
+    def variations(self, kind: str) -> list[Arguments]:
+        """See ``Bench.variations``."""
+        found: Mapping[str, Sequence[Arguments]] = getattr(self._own(), "variations", {})
+        return self.pick([dict(a) for a in found.get(kind, ()) if self._differing(a)])
+
+    def pick(self, options: Sequence[T], *, few: int = 1) -> list[T]:
+        """See ``Bench.pick``."""
+        return list(options) if self._thorough else list(options[:few])
 
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
         """See ``Bench.continuation``."""

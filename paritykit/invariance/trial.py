@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from paritykit.case import Case
 
+T = TypeVar("T")
+Arguments = dict[str, Any]
+"""Of an engine's constructor."""
 MARK = "~"
 """Between the id of a case and what tells its repetitions apart."""
 
@@ -22,7 +25,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     cases: tuple[Case, ...]
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     points: tuple[str, ...] | None = None
     poison: float | None = None
 
@@ -63,6 +66,14 @@ class Bench(Protocol):
     @property
     def engine(self) -> str:
         """Its name."""
+        ...
+
+    def variations(self, kind: str) -> list[Arguments]:
+        """Other arguments under which the engine must give the same, by kind: as the engine declares them."""
+        ...
+
+    def pick(self, options: Sequence[T], *, few: int = 1) -> list[T]:
+        """All of some ways to run, most telling first; only so ``few`` of them where the bench is to be quick."""
         ...
 
     def continuation(self, trial: Trial) -> dict[str, list[int]]:

@@ -51,6 +51,11 @@ class NanoEngine:
             "tensor_parallel",
         }
     )
+    variations = {
+        "kv_cache": [{"block_size": 3}, {"kv": "contiguous"}, {"block_size": 1}, {"block_size": 16}],
+        "tensor_parallel": [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}],
+        "pipeline_parallel": [{"pipeline_parallel_size": 2}],
+    }
 
     def __init__(
         self,

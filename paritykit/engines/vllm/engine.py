@@ -64,6 +64,11 @@ class VllmEngine:
             "tensor_parallel",
         }
     )
+    variations = {
+        "kv_cache": [{"block_size": 64}, {"block_size": 32}],
+        "tensor_parallel": [{"tensor_parallel_size": 2}],
+        "pipeline_parallel": [{"pipeline_parallel_size": 2}],
+    }
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class VllmEngine:
             self._call("parity_warm_up")
         target, arguments = self._after_load
         if target:
-            self._call("parity_call", target, msgspec.json.encode(arguments))
+            self.call(target, arguments)
         names = msgspec.json.encode(list(self.checkpoint.tensors))
         self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
         self._ledgers = [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]

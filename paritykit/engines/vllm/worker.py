@@ -204,7 +204,7 @@ class _Session:
     def _record_cache(self, name: str, layer: Any, table: torch.Tensor, *, segment: Segment) -> None:
         module = name.rpartition(".")[0]
         try:
-            start, pair = self._caches.read(name, layer, table, segment.length)
+            start, pair = self._caches.read(layer, table, segment.length)
         except EngineError as error:
             for port in CACHE_PORTS:
                 self._part.drop(module, port, str(error))
