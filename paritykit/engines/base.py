@@ -25,6 +25,7 @@ CAPABILITIES = {
     "prefix_caching": "takes ``enable_prefix_caching``",
     "batch_invariant": "promises the same bits for a case alone and in a batch",
     "poison": "has ``poison_cache(value)``, which fills the whole KV cache between runs",
+    "cache_digest": "watches its cache in the run after ``poison_cache``; fact ``cache`` of its capture: a ``Watched``",
     "ledger": "has ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank as it was opened",
 }
 """What an engine may be capable of."""

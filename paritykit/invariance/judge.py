@@ -14,6 +14,7 @@ from paritykit.errors import EngineError, UsageError
 from paritykit.invariance.bound import EXACT, reordering
 from paritykit.invariance.compare import Scene, compare_tokens, compare_views, left_out
 from paritykit.invariance.laboratory import Laboratory
+from paritykit.invariance.outside import stray_findings, unwatched
 from paritykit.invariance.properties import PROPERTIES
 from paritykit.invariance.trial import Arguments, Skipped, Twins
 from paritykit.results import Coverage, Finding, Unmatched
@@ -87,7 +88,11 @@ def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[
         )
         choice = compare_tokens(scene)
         found += [*compare_views(scene), *([choice] if choice is not None else [])]
-    return found, [] if twins.varied.points is not None else left_out(base, varied)
+    missing = [] if twins.varied.points is not None else left_out(base, varied)
+    if twins.varied.poison is not None:
+        found += stray_findings(varied, laboratory.graph, check=check, condition=twins.varied.name)
+        missing += unwatched(varied)
+    return found, missing
 
 
 def _allowed(dtypes: tuple[str, str], depth: int, *, exact: bool, terms: int) -> Tolerance:

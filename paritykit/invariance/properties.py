@@ -26,6 +26,7 @@ from paritykit.invariance.trial import (
 CHUNKS = (7, 1, 16)
 DECODED = 48
 """At most so many tokens are decoded one by one: each is a step."""
+RUBBISH = "in a cache full of rubbish"
 POISON = 3e4
 """Large, and a number in every dtype of a cache: an engine may multiply what it masks by zero."""
 
@@ -164,14 +165,17 @@ def _parallel(bench: Bench, kind: str) -> Iterator[Twins | Skipped]:
 
 
 def kv_cache(bench: Bench) -> Iterator[Twins | Skipped]:
-    """Other block sizes, the contiguous layout, and a cache that was full of rubbish."""
+    """Other block sizes, the contiguous layout, and a cache that was full of rubbish, watched where the engine can."""
     base = _base(bench)
+    watched = "cache_digest" in bench.capabilities
     for arguments in bench.variations("kv_cache"):
-        yield _twins(base, _told(arguments), base.cases, arguments=arguments)
+        yield _twins(base, _told(arguments), base.cases, arguments=arguments, poison=POISON if watched else None)
     if "poison" in bench.capabilities:
-        yield _twins(base, "in a cache full of rubbish", together(base.cases), poison=POISON)
+        yield _twins(base, RUBBISH, together(base.cases), poison=POISON)
     else:
         yield Skipped("poisoned cache", f"engine {bench.engine} does not let its cache be filled")
+    if not watched:
+        yield Skipped("watched cache", f"engine {bench.engine} does not say which slots of its cache were written")
 
 
 def _told(arguments: Arguments) -> str:

@@ -34,6 +34,7 @@ from tests.made import finding, manifest, write_capture
 
 EVERYTHING = frozenset(
     {
+        "cache_digest",
         "chunked_prefill",
         "decode",
         "logits",

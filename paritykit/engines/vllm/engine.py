@@ -22,6 +22,7 @@ from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.stages import merge_facts
+from paritykit.engines.strays import cache_facts
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
@@ -53,6 +54,7 @@ class VllmEngine:
 
     capabilities = frozenset(
         {
+            "cache_digest",
             "chunked_prefill",
             "decode",
             "ledger",
@@ -135,7 +137,8 @@ class VllmEngine:
             for case, chosen in zip(cases, outcomes[-self._ranks].chosen, strict=True):
                 generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
-            facts = {**merge_facts(self._facts), "landings": landings}
+            watched = cache_facts([o.watched for o in outcomes])
+            facts = {**merge_facts(self._facts), "landings": landings, **watched}
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
 
@@ -181,7 +184,10 @@ class VllmEngine:
             raise EngineError(f"vLLM's workers could not call {target}: {first_reason(error)}") from error
 
     def poison_cache(self, value: float) -> None:
-        """Fill the KV cache of every layer and rank with ``value``; nothing is left in the prefix cache."""
+        """Fill the KV cache of every layer and rank with ``value``; nothing is left in the prefix cache.
+
+        The next run watches the cache, and fills what requests give up again.
+        """
         self._llm.reset_prefix_cache()
         self._call("parity_poison", msgspec.json.encode(value))
 

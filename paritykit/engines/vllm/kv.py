@@ -88,13 +88,17 @@ class CacheReader:
 
         Behind a sliding window blocks are given to other layers, and a worker's block table does not tell.
         """
-        kind = _kind(layer)
-        if kind not in self._layouts:
-            self._layouts[kind] = BlockLayout.find(layer)
         window = window_of(layer)
         start = max(0, end - window) if window else 0
         positions = torch.arange(start, end, device=table.device)
-        return start, self._layouts[kind].read(layer.kv_cache, table, positions)
+        return start, self.layout(layer).read(layer.kv_cache, table, positions)
+
+    def layout(self, layer: Any) -> BlockLayout:
+        """How the layer's blocks are packed. Raises EngineError where it cannot be found out."""
+        kind = _kind(layer)
+        if kind not in self._layouts:
+            self._layouts[kind] = BlockLayout.find(layer)
+        return self._layouts[kind]
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from paritykit.captures.manifest import Part
+from paritykit.engines.strays import Watched
 
 CASE_KEY = "parity_case"
 
@@ -26,8 +27,12 @@ class Orders(msgspec.Struct, kw_only=True):
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording."""
+    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording.
+
+    ``watched`` is what it saw of its cache, if that was filled before the run.
+    """
 
     part: Part
     chosen: list[list[int]]
+    watched: Watched | None = None
     error: str = ""
