@@ -20,7 +20,8 @@ class Access(NamedTuple):
     """What one request does in a step: it writes positions ``start`` to ``end`` and may read those from ``first`` on.
 
     ``table`` are its blocks of ``size`` positions each, as the scheduler gave them; ``group`` tells tables of different
-    kinds of layers apart. ``case`` is the number of its case.
+    kinds of layers apart. ``case`` is the number of its case. ``reuses``: its first blocks may be those of a text that
+    begins alike, even one that is computed in the same step.
     """
 
     case: int
@@ -30,6 +31,7 @@ class Access(NamedTuple):
     end: int
     first: int = 0
     group: int = 0
+    reuses: bool = False
 
     def slots(self) -> list[int]:
         """The slots that it writes, ``block * size + offset``."""
@@ -78,12 +80,18 @@ class Watched(msgspec.Struct, kw_only=True):
 
 
 def shared_blocks(accesses: Sequence[Access]) -> Iterator[tuple[int, Access, Access]]:
-    """Blocks that one request writes to while another of the same group has it in its table: (block, writer, other)."""
+    """Blocks that one request writes to while another of the same group has it in its table: (block, writer, other).
+
+    Where texts that begin alike share blocks, one may read what the other writes, at the same place in both.
+    """
     for writer in accesses:
         for other in accesses:
             if other is not writer and other.group == writer.group:
+                theirs = other.written_blocks()
                 for block in sorted(writer.written_blocks() & other.known_blocks()):
-                    yield block, writer, other
+                    alike = other.reuses and writer.table.index(block) == other.table.index(block)
+                    if block in theirs or not alike:
+                        yield block, writer, other
 
 
 def cache_facts(ranks: Sequence[Watched | None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A watched KV cache: nothing to tell of clean engines however they run, and each fault of slots told with its place."""
+"""A watched KV cache: of clean engines there is nothing to tell, however they run; faults of slots are, by place."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_quiet_on_clean_nano(watch: Watch, condition: str) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_quiet_on_two_ranks_and_seen_on_each(watch: Watch, kind: str) -> None:
-    fault = find("kv-write-lost")
-    engine = NanoEngine(str(model_of("qwen2")), provenance=False, **{kind: 2})
+    fault, size = find("kv-write-lost"), dict[str, Any]({kind: 2})
+    engine = NanoEngine(str(model_of("qwen2")), provenance=False, **size)
     engine.open()
     try:
         cases = fault.when.cases(vocab_size=VOCABULARY)
@@ -130,15 +130,15 @@ def test_copies_on_write_are_no_strays_and_given_up_blocks_are_filled_again() ->
         assert worker.watched() is None
 
 
-@pytest.mark.xdist_group("yard")
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("family", "arguments"),
     [
         pytest.param("gemma3", {"block_size": 32, "max_num_batched_tokens": 32, "max_num_seqs": 4}, id="chunks"),
-        pytest.param("gemma2", {"block_size": 64, "dtype": "bfloat16"}, marks=pytest.mark.deep, id="bfloat16"),
-        pytest.param("qwen2", {"tensor_parallel_size": 2}, marks=pytest.mark.deep, id="two ranks"),
-        pytest.param("qwen2", {"pipeline_parallel_size": 2}, marks=pytest.mark.deep, id="two stages"),
-        pytest.param("qwen2", {"enable_prefix_caching": True, "block_size": 32}, marks=pytest.mark.deep, id="prefixes"),
+        pytest.param("gemma2", {"block_size": 64, "dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param("qwen2", {"tensor_parallel_size": 2}, id="two ranks"),
+        pytest.param("qwen2", {"pipeline_parallel_size": 2}, id="two stages"),
+        pytest.param("qwen2", {"enable_prefix_caching": True, "block_size": 32}, id="prefixes"),
     ],
 )
 def test_vllm_is_quiet_when_clean_and_told_of_when_not(

@@ -197,6 +197,11 @@ def test_a_block_of_two_requests_is_shared_only_while_nobody_writes_to_it() -> N
     thief = Access(1, [3, 1], 2, 2, 4)
     assert [b for b, _, _ in shared_blocks([read, thief])] == [1, 1]
     assert list(shared_blocks([read, thief._replace(group=1)])) == []
+    hit = Access(1, [3, 1, 2], 2, 4, 5, reuses=True)
+    assert list(shared_blocks([read, hit])) == []
+    assert [b for b, _, _ in shared_blocks([read, hit._replace(reuses=False)])] == [1]
+    assert [b for b, _, _ in shared_blocks([read, hit._replace(table=[1, 3, 2])])] == [1]
+    assert [b for b, _, _ in shared_blocks([read, thief._replace(reuses=True)])] == [1, 1]
     behind = Access(0, [1, 3], 2, 2, 4, first=2)
     assert list(shared_blocks([behind, Access(1, [1], 2, 0, 2)])) == []
     pool = Pool(4, 2, 1)

@@ -31,6 +31,7 @@ class CacheWatch:
     def __init__(self, runner: Any, *, rank: int, reader: CacheReader) -> None:
         self._runner = runner
         self._groups = runner.kv_cache_config.kv_cache_groups
+        self._reuses = bool(runner.cache_config.enable_prefix_caching)
         self._sizes = {n: int(g.kv_cache_spec.block_size) for n, g in enumerate(self._groups)}
         layers = runner.vllm_config.compilation_config.static_forward_context
         self._windows = {n: _window(layers, g.layer_names) for n, g in enumerate(self._groups)}
@@ -43,7 +44,7 @@ class CacheWatch:
         live = {n: {b for r in self._runner.requests.values() for b in r.block_ids[n]} for n in self._sizes}
         for group, blocks in live.items():
             self._watch.adopt(blocks - self._live[group], size=self._sizes[group], group=group)
-        if not self._runner.cache_config.enable_prefix_caching:
+        if not self._reuses:
             self._watch.refill(live, sizes=self._sizes)
         self._live = live
 
@@ -59,6 +60,7 @@ class CacheWatch:
                     end=segment.start + segment.length,
                     first=max(0, segment.start - window) if (window := self._windows[group]) else 0,
                     group=group,
+                    reuses=self._reuses,
                 )
                 for request, segment in zip(requests, segments, strict=True)
                 for group, size in self._sizes.items()
