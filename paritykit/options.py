@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ def apply(options: Iterable[Decorator]) -> Decorator:
         return command
 
     return decorate
+
+
+def format_engine_args(arguments: Mapping[str, Any]) -> list[str]:
+    """``KEY=VALUE`` words that ``parse_engine_args`` reads back.
+
+    >>> format_engine_args({"block_size": 32, "kv": "paged", "note": "7"})
+    ['block_size=32', 'kv=paged', 'note="7"']
+    """
+    found = []
+    for key, value in arguments.items():
+        plain = isinstance(value, str) and parse_engine_args([f"{key}={value}"])[key] == value
+        found.append(f"{key}={value if plain else msgspec.json.encode(value).decode()}")
+    return found
 
 
 def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:

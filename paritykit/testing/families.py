@@ -130,6 +130,14 @@ FAMILIES: dict[str, Family] = {
 TINY_FAMILIES: tuple[str, ...] = tuple(FAMILIES)
 
 
+def nano_families() -> list[str]:
+    """The families that engine ``nano`` has."""
+    from paritykit.engines.nano.architectures import ARCHITECTURES
+
+    known = {a.model_type for a in ARCHITECTURES.values()}
+    return [name for name, family in FAMILIES.items() if family.model_type in known]
+
+
 def find_family(family: str) -> Family:
     """The family of that name. Raises UnknownNameError with the nearest names."""
     if family not in FAMILIES:

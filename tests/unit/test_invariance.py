@@ -253,7 +253,7 @@ class Lamp:
 
 def test_engines_are_shared_replaced_and_closed() -> None:
     log: list[str] = []
-    pool = EnginePool(lambda arguments: Lamp(arguments, log), kept=1)  # type: ignore[arg-type, return-value]
+    pool = EnginePool(lambda arguments: Lamp(arguments, log))  # type: ignore[arg-type, return-value]
     assert pool.get({"a": 1, "b": 2}) is pool.get({"b": 2, "a": 1})
     pool.get({"a": 3})
     with pytest.raises(EngineError):

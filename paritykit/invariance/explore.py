@@ -1,0 +1,147 @@
+"""Workloads are drawn until one fails; that one shrinks to the smallest that does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from paritykit.case import SIZED, TEXTS, CaseSet, case_name
+from paritykit.errors import UnknownNameError
+
+Fails = Callable[[CaseSet], bool]
+Size = tuple[int, int, str]
+"""Of a sized case: length, new tokens, text."""
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """How long to look: ``examples`` workloads for each way to run the engine, ``tries`` to shrink one that fails.
+
+    ``thorough`` tries every way to run, otherwise the most telling of each kind. What is ``repeatable`` draws the same
+    workloads each time; otherwise they differ, and Hypothesis remembers those that failed.
+    """
+
+    examples: int
+    tries: int = 300
+    thorough: bool = False
+    repeatable: bool = True
+
+
+PROFILES = {
+    "ci": Profile(examples=2),
+    "deep": Profile(examples=25, thorough=True, repeatable=False),
+}
+"""Minutes over the tiny models, and an hour."""
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of that name. Raises UnknownNameError."""
+    if name not in PROFILES:
+        raise UnknownNameError("profile", name, PROFILES)
+    return PROFILES[name]
+
+
+class Ground(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes that matter to one engine and model: positions in a block, window (0: none), longest text."""
+
+    block_size: int
+    window: int
+    longest: int
+
+
+def known_edges(ground: Ground) -> CaseSet:
+    """A workload that crosses the edges of block and window at once, for a start: most mistakes show in it."""
+    block, window = ground.block_size + 1, ground.window + 1
+    found = [(block, 3, "a"), (1, 2, "a"), (window if ground.window else 2 * ground.block_size, 2, "b")]
+    return CaseSet(list(dict.fromkeys(case_name(min(n, ground.longest), new, text) for n, new, text in found)))
+
+
+def smallest_failing(fails: Fails, ground: Ground, *, name: str, profile: Profile) -> CaseSet | None:
+    """The smallest workload found for which ``fails`` is true; None where all that were tried are well.
+
+    ``name`` tells the search apart in Hypothesis' database. One that fails only now and then counts as failing.
+    """
+    first = known_edges(ground)
+    known = fails(first)
+    found = _search(fails, ground, name=name, profile=profile, examples=profile.tries if known else profile.examples)
+    failing = found if found is not None else first if known else None
+    return None if failing is None else descend(failing, fails, tries=profile.tries)
+
+
+def descend(workload: CaseSet, fails: Fails, *, tries: int) -> CaseSet:
+    """From a workload that fails to one of which no part can be left out or made shorter, in at most ``tries`` runs.
+
+    Hypothesis stops earlier: from the edge of a block it does not step to a length that is none.
+    """
+    sizes = [size_of(name) for name in workload.ids()]
+    while tries > 0:
+        for smaller in _smaller(sizes):
+            tries -= 1
+            if fails(_workload(smaller)):
+                sizes = smaller
+                break
+            if tries <= 0:
+                break
+        else:
+            break
+    return _workload(sizes)
+
+
+def size_of(name: str) -> Size:
+    """Length, new tokens and text of a sized case."""
+    found = SIZED.fullmatch(name)
+    assert found is not None
+    return int(found[1]), int(found[2] or 0), found[3] or TEXTS[0]
+
+
+def _workload(sizes: list[Size]) -> CaseSet:
+    return CaseSet([case_name(*size) for size in sizes])
+
+
+def _smaller(sizes: list[Size]) -> Iterator[list[Size]]:
+    """Workloads one step smaller, the boldest steps first."""
+    for place, (length, new, text) in enumerate(sizes):
+        rest = sizes[:place], sizes[place + 1 :]
+        shorter = [(n, new, text) for n in dict.fromkeys((1, 2, length // 2, length - 1)) if 0 < n < length]
+        fewer = [(length, n, text) for n in dict.fromkeys((0, 1, new - 1)) if 0 <= n < new]
+        plain = [(length, new, TEXTS[0])] if text != TEXTS[0] else []
+        if len(sizes) > 1:
+            yield [*rest[0], *rest[1]]
+        yield from ([*rest[0], size, *rest[1]] for size in (*shorter, *fewer, *plain) if size not in sizes)
+
+
+def _search(fails: Fails, ground: Ground, *, name: str, profile: Profile, examples: int) -> CaseSet | None:
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Flaky
+
+    from paritykit.strategies import workloads
+
+    failing: list[CaseSet] = []
+
+    def holds(workload: CaseSet) -> None:
+        if fails(workload):
+            failing.append(workload)
+            raise _Failed
+
+    holds.__name__ = holds.__qualname__ = re.sub(r"\W", "_", name)
+    drawn = workloads(block_size=ground.block_size, window=ground.window, longest=ground.longest)
+    chosen = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=profile.repeatable,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.reuse, Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+    )
+    try:
+        chosen(given(drawn)(holds))()
+    except _Failed:
+        return failing[-1]
+    except Flaky:
+        return min(failing, key=lambda w: len(w.ids()))
+    return None
+
+
+class _Failed(Exception):  # noqa: N818
+    """A workload failed."""
