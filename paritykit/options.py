@@ -97,8 +97,17 @@ def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise UsageError(f"--engine-arg {pair!r} is not of the form KEY=VALUE")
-        try:
-            found[key] = msgspec.json.decode(text)
-        except msgspec.DecodeError:
-            found[key] = {"True": True, "False": False, "None": None}.get(text, text)
+        found[key] = read_value(text)
     return found
+
+
+def read_value(text: str) -> Any:
+    """``text`` as JSON where it can be, as Python's ``True``, ``False`` or ``None``, or as it is.
+
+    >>> [read_value(text) for text in ("32", "true", "None", "bfloat16")]
+    [32, True, None, 'bfloat16']
+    """
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

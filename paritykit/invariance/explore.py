@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 
-from paritykit.case import SIZED, TEXTS, CaseSet, case_name
+from paritykit.case import CaseSet
 from paritykit.errors import UnknownNameError
+from paritykit.sized import case_name, recipes_of, smaller, workload_of
 
 Fails = Callable[[CaseSet], bool]
-Size = tuple[int, int, str]
-"""Of a sized case: length, new tokens, text."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,41 +73,18 @@ def descend(workload: CaseSet, fails: Fails, *, tries: int) -> CaseSet:
 
     Hypothesis stops earlier: from the edge of a block it does not step to a length that is none.
     """
-    sizes = [size_of(name) for name in workload.ids()]
+    kept = recipes_of(workload)
     while tries > 0:
-        for smaller in _smaller(sizes):
+        for less in smaller(kept):
             tries -= 1
-            if fails(_workload(smaller)):
-                sizes = smaller
+            if fails(workload_of(less)):
+                kept = less
                 break
             if tries <= 0:
                 break
         else:
             break
-    return _workload(sizes)
-
-
-def size_of(name: str) -> Size:
-    """Length, new tokens and text of a sized case."""
-    found = SIZED.fullmatch(name)
-    assert found is not None
-    return int(found[1]), int(found[2] or 0), found[3] or TEXTS[0]
-
-
-def _workload(sizes: list[Size]) -> CaseSet:
-    return CaseSet([case_name(*size) for size in sizes])
-
-
-def _smaller(sizes: list[Size]) -> Iterator[list[Size]]:
-    """Workloads one step smaller, the boldest steps first."""
-    for place, (length, new, text) in enumerate(sizes):
-        rest = sizes[:place], sizes[place + 1 :]
-        shorter = [(n, new, text) for n in dict.fromkeys((1, 2, length // 2, length - 1)) if 0 < n < length]
-        fewer = [(length, n, text) for n in dict.fromkeys((0, 1, new - 1)) if 0 <= n < new]
-        plain = [(length, new, TEXTS[0])] if text != TEXTS[0] else []
-        if len(sizes) > 1:
-            yield [*rest[0], *rest[1]]
-        yield from ([*rest[0], size, *rest[1]] for size in (*shorter, *fewer, *plain) if size not in sizes)
+    return workload_of(kept)
 
 
 def _search(fails: Fails, ground: Ground, *, name: str, profile: Profile, examples: int) -> CaseSet | None:

@@ -98,7 +98,7 @@ class Laboratory:
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
         """See ``Bench.continuation``."""
         view = self.view(trial)
-        return {c.id: view.capture.generated(c.id) for c in trial.cases}
+        return {c.id: view.capture.continuation(c.id) for c in trial.cases}
 
     def view(self, trial: Trial) -> View:
         """What a trial gave, under the reference's names; run on first need. Raises UsageError, EngineError."""

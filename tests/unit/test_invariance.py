@@ -62,7 +62,7 @@ class Desk:
         return list(options)
 
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
-        return {c.id: [1] * c.new_tokens for c in trial.cases}
+        return {c.id: [*c.forced, *[1] * c.new_tokens][: c.new_tokens] for c in trial.cases}
 
 
 @given(strategies.workloads(block_size=4, longest=40))
