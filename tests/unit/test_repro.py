@@ -103,7 +103,7 @@ def pk_command(function: Any) -> Any:
     return click.Command("run", params=cli.commands["run"].params, callback=function)
 
 
-def test_both_show_a_planted_failure_again() -> None:
+def test_python_shows_a_planted_failure_again() -> None:
     arguments = FAULTS.get("kv-table-rows-swapped").arguments(layer=1)
     run = pk.run(
         "tiny:qwen2", candidate="nano", dtype="float32", checks=["batching"], engine_args=arguments,
@@ -112,7 +112,3 @@ def test_both_show_a_planted_failure_again() -> None:
     assert run.summary.verdict == "fail"
     with pytest.raises(pk.ParityFailure, match="nano \\(float32\\) differs from itself in one batch"):
         exec(script(run.results))
-    again = CliRunner().invoke(cli, shlex.split(repro(run.results))[1:], standalone_mode=False)
-    assert again.return_value == 1
-    assert "differs from itself" not in again.output
-    assert "against itself" in again.output
