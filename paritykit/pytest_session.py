@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -75,7 +74,6 @@ class ParitySession:
         self._weights: list[WeightRow] = []
         self._subject: Subject | None = None
         self._error: ParityError | None = None
-        self._failed: set[tuple[str, ...]] = set()
 
     def check(self, name: str, case: str = "") -> Results:
         """Run one check, on one case unless it looks at the model as a whole.
@@ -103,18 +101,9 @@ class ParitySession:
             raise UsageError(f"check {name!r} does not hold an engine against itself; use parity.check")
         found = self._plan.checkpoint
         resolved = cases.resolve(vocab_size=found.vocab_size, max_positions=found.max_positions)
-        located = self._is_to_be_located(name, cases)
-        answer = self._tried(lambda: self._session.vary(check, resolved, located=located))
-        if any(f.verdict != "pass" for f in answer.findings):
-            self._failed.add((name, *cases.ids()))
+        answer = self._tried(lambda: self._session.vary(check, resolved))
         command = self._given or _command(self._plan, cases.ids())
         return self._assemble([name], [answer.coverage], answer.findings, [], command=command)
-
-    def _is_to_be_located(self, name: str, cases: CaseSet) -> bool:
-        """Whether a failure would be shown: Hypothesis comes back to the smallest of those it finds."""
-        hypothesis = sys.modules.get("hypothesis")
-        searching = hypothesis is not None and hypothesis.currently_in_test_context()
-        return not searching or (name, *cases.ids()) in self._failed
 
     def finish(self, parts: Path) -> None:
         """Close the engines and leave what was found in the folder of parts."""

@@ -20,7 +20,6 @@ from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.engines.sibling import is_large
 from paritykit.errors import UsageError
 from paritykit.invariance.judge import add_findings
 from paritykit.invariance.laboratory import Laboratory
@@ -33,9 +32,6 @@ from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, run_record
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
-
-WAYS = 4
-"""Engines that a property starts beside the user's own, at most."""
 
 
 class Session:
@@ -172,16 +168,10 @@ class Session:
             beside = [f for c in self.reference.cases for f in check.beside(self.subject, c)] if check.beside else []
             return add_findings(answer, beside)
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            self._keep_engines()
             quick = check.run(self._laboratory(cases, Path(folder), points=(LOGITS,)))
             if not located or all(f.verdict == "pass" for f in quick.findings):
                 return quick
             return check.run(self._laboratory(cases, Path(folder) / "all"))
-
-    def _keep_engines(self) -> None:
-        """Many workloads are to be tried: small models stay open in every way they are run."""
-        if self._pool is not None and self._checkpoint is not None and not is_large(self._checkpoint):
-            self._pool.kept = WAYS
 
     def _laboratory(self, cases: list[Case], folder: Path, *, points: tuple[str, ...] | None = None) -> Laboratory:
         return Laboratory(

@@ -8,17 +8,16 @@ from typing import Any
 import msgspec
 
 from paritykit.engines.base import Engine
-from paritykit.errors import EngineError
 
 Make = Callable[[dict[str, Any]], Engine]
 """The engine under test with these arguments in place of its own, not started."""
 
 
 class EnginePool:
-    """``get(arguments)`` is an open engine. Beside the last ``kept`` ones none stays open, nor where there is no room."""
+    """``get(arguments)`` is an open engine. Beside the last ``kept`` ones none stays open."""
 
     def __init__(self, make: Make, *, kept: int = 1) -> None:
-        self._make, self.kept = make, kept
+        self._make, self._kept = make, kept
         self._open: dict[bytes, Engine] = {}
         self.starts: dict[str, int] = {}
 
@@ -27,28 +26,17 @@ class EnginePool:
         key = msgspec.json.encode(dict(arguments), order="sorted")
         engine = self._open.pop(key, None)
         if engine is None:
-            while len(self._open) >= self.kept:
+            while len(self._open) >= self._kept:
                 self._open.pop(next(iter(self._open))).close()
-            engine = self._start(arguments)
+            engine = self._make(dict(arguments))
+            try:
+                engine.open()
+            except BaseException:
+                engine.close()
+                raise
             told = ", ".join(f"{k}={v}" for k, v in arguments.items())
             self.starts[told] = self.starts.get(told, 0) + 1
         self._open[key] = engine
-        return engine
-
-    def _start(self, arguments: Mapping[str, Any]) -> Engine:
-        """A new engine. One that does not start beside others is tried once more without them: they take memory."""
-        engine = self._make(dict(arguments))
-        try:
-            engine.open()
-        except EngineError:
-            engine.close()
-            if not self._open:
-                raise
-            self.close()
-            return self._start(arguments)
-        except BaseException:
-            engine.close()
-            raise
         return engine
 
     def close(self) -> None:
