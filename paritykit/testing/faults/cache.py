@@ -290,7 +290,7 @@ def hit_too_long(host: Host) -> None:
     "stale-after-preemption",
     cause="kv-stale",
     seen=("nano-vllm #144", "vLLM #28787"),
-    checks=("kv_cache",),
+    checks=("kv_cache", "batching"),
     when=PREEMPTED,
     **HOST,
 )
