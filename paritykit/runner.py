@@ -163,10 +163,11 @@ class Session:
         """The candidate, to be run in several ways on the session's cases."""
         return self._laboratory(self._cases, Path(self._folder.name))
 
-    def vary(self, check: InvarianceCheck, cases: list[Case] | None = None) -> Answer:
+    def vary(self, check: InvarianceCheck, cases: list[Case] | None = None, *, located: bool = True) -> Answer:
         """What a check of invariance finds, on the session's cases or on others, whose captures are not kept.
 
-        Of others only the logits are looked at, unless these differ.
+        Of others only the logits are looked at, up to the first run that differs; then, if it is to be ``located``,
+        all points of all runs.
         """
         self._say(f"checking: {check.name}")
         if cases is None:
@@ -175,7 +176,7 @@ class Session:
             return add_findings(answer, beside)
         with self.bench(cases, points=check.looks) as laboratory:
             quick = check.run(laboratory)
-        if all(f.verdict == "pass" for f in quick.findings):
+        if not located or all(f.verdict == "pass" for f in quick.findings):
             return quick
         with self.bench(cases) as laboratory:
             return check.run(laboratory)

@@ -59,7 +59,9 @@ def smaller(recipes: list[Recipe]) -> Iterator[list[Recipe]]:
 
 def _less(recipe: Recipe) -> Iterator[Recipe]:
     length, new = recipe.length, recipe.new_tokens
-    changes: list[dict[str, Any]] = [{"length": n} for n in dict.fromkeys((1, 2, length // 2, length - 1)) if 0 < n < length]
+    changes: list[dict[str, Any]] = [
+        {"length": n} for n in dict.fromkeys((1, 2, length // 2, length - 1)) if 0 < n < length
+    ]
     changes += [{"new_tokens": n} for n in dict.fromkeys((0, 1, new - 1)) if 0 <= n < new]
     changes += [{"fork": None}] if recipe.fork else []
     changes += [{"forced": False}] if recipe.forced else []

@@ -43,6 +43,8 @@ def judge_property(laboratory: Laboratory, name: str, *, only: Arguments | None 
             found, missing = [_broken(name, twins, error)], []
         skipped += [m for m in missing if m not in skipped]
         findings += found
+        if laboratory.brief and any(f.verdict == "fail" for f in found):
+            break
     empty = Coverage(check=name, points=len(skipped), compared=0, skipped=skipped)
     return add_findings(Answer(coverage=empty, findings=[]), findings)
 
