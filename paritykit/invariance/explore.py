@@ -29,7 +29,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 PROFILES = {
     "ci": Profile(examples=2),
-    "deep": Profile(examples=25, thorough=True, repeatable=False),
+    "deep": Profile(examples=10, thorough=True, repeatable=False),
 }
 """Minutes over the tiny models, and an hour."""
 
@@ -62,9 +62,7 @@ def smallest_failing(fails: Fails, ground: Ground, *, name: str, profile: Profil
     ``name`` tells the search apart in Hypothesis' database. One that fails only now and then counts as failing.
     """
     first = known_edges(ground)
-    known = fails(first)
-    found = _search(fails, ground, name=name, profile=profile, examples=profile.tries if known else profile.examples)
-    failing = found if found is not None else first if known else None
+    failing = first if fails(first) else _search(fails, ground, name=name, profile=profile)
     return None if failing is None else descend(failing, fails, tries=profile.tries)
 
 
@@ -87,7 +85,7 @@ def descend(workload: CaseSet, fails: Fails, *, tries: int) -> CaseSet:
     return workload_of(kept)
 
 
-def _search(fails: Fails, ground: Ground, *, name: str, profile: Profile, examples: int) -> CaseSet | None:
+def _search(fails: Fails, ground: Ground, *, name: str, profile: Profile) -> CaseSet | None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import Flaky
 
@@ -103,7 +101,7 @@ def _search(fails: Fails, ground: Ground, *, name: str, profile: Profile, exampl
     holds.__name__ = holds.__qualname__ = re.sub(r"\W", "_", name)
     drawn = workloads(block_size=ground.block_size, window=ground.window, longest=ground.longest)
     chosen = settings(
-        max_examples=examples,
+        max_examples=profile.examples,
         deadline=None,
         derandomize=profile.repeatable,
         suppress_health_check=list(HealthCheck),

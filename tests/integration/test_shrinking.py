@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import Phase, find, settings
 
 import paritykit as pk
 from paritykit.checks import CHECKS
@@ -15,20 +14,13 @@ from paritykit.diagnose.locate import first_divergence
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
+from paritykit.invariance.explore import Ground, Profile, smallest_failing
 from paritykit.runner import Session
-from paritykit.strategies import workloads
 from paritykit.testing.faults import FAULTS
 from tests.faulty import VOCABULARY, homes, model_of
 from tests.nano import one_thread
 
 BLOCK, WINDOW, LONGEST = 4, 16, 20
-QUICKLY = settings(
-    max_examples=300,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate, Phase.shrink),  # to explain, Hypothesis tries many more
-)
 TWO, FOUR = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
 CROWDED = {"num_blocks": 2}
 """Two requests of one block each, and no room for either to begin another."""
@@ -98,7 +90,9 @@ def test_a_failure_shrinks_to_what_can_show_it(
             return any(f.verdict == "fail" for f in answer.findings)
 
         longest = BLOCK + 1 if "num_blocks" in arguments else LONGEST
-        found = find(workloads(block_size=BLOCK, window=WINDOW, longest=longest), fails, settings=QUICKLY)
+        ground = Ground(block_size=BLOCK, window=WINDOW, longest=longest)
+        found = smallest_failing(fails, ground, name=fault, profile=Profile(examples=200))
+        assert found is not None
         cases = found.resolve(vocab_size=VOCABULARY)
         assert sorted(c.positions for c in cases) == smallest, found.ids()
         first = first_divergence(session.vary(question, cases).findings)
