@@ -153,6 +153,26 @@ class HostProcess:
         return "\n".join(f"  {line}" for line in lines[-TAIL:])
 
 
+class HostPool:
+    """Host processes by name: engines that ask for the same one share it, one after the other."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[str, HostProcess] = {}
+
+    def get(self, name: str) -> HostProcess:
+        """The process of that name."""
+        return self._hosts.setdefault(name, HostProcess())
+
+    def __contains__(self, host: object) -> bool:
+        return any(host is known for known in self._hosts.values())
+
+    def stop(self) -> None:
+        """End every process."""
+        hosts, self._hosts = self._hosts, {}
+        for host in hosts.values():
+            host.stop()
+
+
 class ProcessEngine:
     """An engine by name, in a host process: the same protocol as the engine itself.
 

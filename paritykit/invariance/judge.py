@@ -44,6 +44,8 @@ def judge_property(laboratory: Laboratory, name: str, *, only: Arguments | None 
             found, missing = [_broken(name, twins, error)], []
         skipped += [m for m in missing if m not in skipped]
         findings += found
+        if laboratory.brief and any(f.verdict == "fail" for f in found):
+            break
     empty = Coverage(check=name, points=len(skipped), compared=0, skipped=skipped)
     return add_findings(Answer(coverage=empty, findings=[]), findings)
 
@@ -117,13 +119,14 @@ def _keep(kept: dict[tuple[str, str], Finding], new: Finding) -> None:
     if old is None:
         kept[key] = new
         return
-    worse, other = (new, old) if _badness(new) > _badness(old) else (old, new)
+    worse, other = (new, old) if badness(new) > badness(old) else (old, new)
     if other.verdict == worse.verdict == "fail":
         worse = msgspec.structs.replace(worse, message=f"{worse.message}; also {other.message}".strip("; "))
     kept[key] = worse
 
 
-def _badness(finding: Finding) -> tuple[int, float]:
+def badness(finding: Finding) -> tuple[int, float]:
+    """For comparing findings: the verdict first, then how much of what is allowed is used."""
     allowed = finding.allowed or 0.0
     value = finding.value or 0.0
     return SEVERITY.index(finding.verdict), value / allowed if allowed else (math.inf if value else 0.0)

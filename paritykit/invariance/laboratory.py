@@ -27,8 +27,9 @@ class Laboratory:
     """The engine under test, its cases, and the reference's manifest for names; a ``Bench`` for properties.
 
     ``own`` is that engine as the user asked for it, open; ``pool`` starts it with other arguments, None where that is
-    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all. A
-    bench that is not ``thorough`` picks few of the ways to run.
+    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all: where
+    only some are, nothing can be located, and the first difference is answer enough. A bench that is not ``thorough``
+    picks few of the ways to run.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class Laboratory:
         self._own, self._pool, self._reference = own, pool, reference
         self._folder, self._progress = folder, progress
         self._views: dict[bytes, View] = {}
+
+    @property
+    def brief(self) -> bool:
+        """Whether one difference is answer enough."""
+        return self._points is not None
 
     @cached_property
     def reference(self) -> Manifest:
@@ -98,7 +104,7 @@ class Laboratory:
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
         """See ``Bench.continuation``."""
         view = self.view(trial)
-        return {c.id: view.capture.generated(c.id) for c in trial.cases}
+        return {c.id: view.capture.continuation(c.id) for c in trial.cases}
 
     def view(self, trial: Trial) -> View:
         """What a trial gave, under the reference's names; run on first need. Raises UsageError, EngineError."""

@@ -77,7 +77,7 @@ class Bench(Protocol):
         ...
 
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
-        """The tokens that the engine chose after each case of ``trial``, by case id; runs it on first need."""
+        """The tokens after each case of ``trial``, as fed to it or chosen, by case id; runs it on first need."""
         ...
 
 

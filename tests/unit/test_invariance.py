@@ -63,7 +63,7 @@ class Desk:
         return list(options)
 
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
-        return {c.id: [1] * c.new_tokens for c in trial.cases}
+        return {c.id: [*c.forced, *[1] * c.new_tokens][: c.new_tokens] for c in trial.cases}
 
 
 @given(strategies.workloads(block_size=4, longest=40))
@@ -254,7 +254,7 @@ class Lamp:
 
 def test_engines_are_shared_replaced_and_closed() -> None:
     log: list[str] = []
-    pool = EnginePool(lambda arguments: Lamp(arguments, log), kept=1)  # type: ignore[arg-type, return-value]
+    pool = EnginePool(lambda arguments: Lamp(arguments, log))  # type: ignore[arg-type, return-value]
     assert pool.get({"a": 1, "b": 2}) is pool.get({"b": 2, "a": 1})
     pool.get({"a": 3})
     with pytest.raises(EngineError):

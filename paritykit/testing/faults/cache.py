@@ -10,12 +10,12 @@ from paritykit.engines.nano.step import slot_mapping
 from paritykit.testing.faults.conditions import (
     BATCH,
     BATCH_DECODE,
-    BLOCK,
     BLOCKS,
     CROWDED,
     DECODE,
     FP8_CACHE,
     LATE_DECODE,
+    NEW_BLOCK,
     PARTIAL,
     PREEMPTED,
     PREFIX,
@@ -33,6 +33,11 @@ LOST = 20
 """A position whose key and value are lost."""
 
 
+def begins(write: Write, block_size: int) -> torch.Tensor:
+    """Rows that begin a block, the first one left out, bool ``[tokens]``."""
+    return (write.positions % block_size == 0) & (write.positions > 0)
+
+
 @fault("kv-write-lost", cause="kv-slot", checks=CHECKS, **CACHE)
 def lost(site: Site) -> None:
     """One position's key and value are never written, and their slot keeps what it held."""
@@ -44,10 +49,20 @@ def lost(site: Site) -> None:
 def block_start(site: Site) -> None:
     """The first position of a block is written one slot further on."""
 
-    def wrong(write: Write) -> torch.Tensor:
-        return torch.where((write.positions % BLOCK == 0) & (write.positions > 0), write.slots + 1, write.slots)
+    site.on_slots(lambda write: torch.where(begins(write, site.block_size), write.slots + 1, write.slots))
 
-    site.on_slots(wrong)
+
+@fault(
+    "kv-write-lost-at-new-block",
+    cause="kv-slot",
+    checks=(*CHECKS, "decode_prefill"),
+    when=NEW_BLOCK,
+    **CACHE,
+)
+def new_block(site: Site) -> None:
+    """A new token that begins a block is not written: its slot is looked up before the block is there."""
+    site.spoil_cache()
+    site.on_slots(lambda write: write.slots.masked_fill(begins(write, site.block_size) & write.decode, -1))
 
 
 @fault(
@@ -85,6 +100,18 @@ def padding(site: NanoSite) -> None:
                 cache.values.put(live, torch.zeros_like(value[:1]))
 
     site.changes.wrap(cache, "write", write)
+
+
+@fault(
+    "kv-padding-writes-in-a-batch",
+    cause="kv-slot",
+    checks=(*CHECKS, "batching"),
+    when=BATCH,
+    **CACHE,
+)
+def padding_in_a_batch(site: Site) -> None:
+    """A batch is padded to the size that a graph was captured for, and the padding row writes to the first request."""
+    site.on_padding(lambda write: write.slots[write.last[: len(write.last) > 1]])
 
 
 @fault(
@@ -150,9 +177,10 @@ def ids_wrap(site: NanoSite) -> None:
 )
 def partial_unread(site: NanoSite) -> None:
     """Decode reads full blocks only, and not the last one that is not full."""
+    size = site.block_size
 
     def wrong(core: Any) -> torch.Tensor:
-        full = core.run(cache=Reading(core.cache, length_of=lambda n: max(n // BLOCK * BLOCK, 1)))
+        full = core.run(cache=Reading(core.cache, length_of=lambda n: max(n // size * size, 1)))
         found: torch.Tensor = torch.where(core.decode, full, core.right)
         return found
 
@@ -262,7 +290,7 @@ def hit_too_long(host: Host) -> None:
     "stale-after-preemption",
     cause="kv-stale",
     seen=("nano-vllm #144", "vLLM #28787"),
-    checks=("kv_cache",),
+    checks=("kv_cache", "batching"),
     when=PREEMPTED,
     **HOST,
 )

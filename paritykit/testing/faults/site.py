@@ -82,11 +82,15 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Write:
-    """One call of a layer's cache: ``slots`` that a step's keys and values go to, all ``[tokens]``; -1 is none."""
+    """One call of a layer's cache: ``slots`` that a step's keys and values go to, all ``[tokens]``; -1 is none.
+
+    ``last`` is each request's last row, ``[requests]``.
+    """
 
     slots: torch.Tensor
     positions: torch.Tensor
     decode: torch.Tensor
+    last: torch.Tensor
 
 
 class Site(ABC):
@@ -180,6 +184,15 @@ class Site(ABC):
     @abstractmethod
     def on_slots(self, wrong: Callable[[Write], torch.Tensor]) -> None:
         """``wrong(write)`` gives the slots that this layer's keys and values go to."""
+
+    @abstractmethod
+    def on_padding(self, live: Callable[[Write], torch.Tensor]) -> None:
+        """Zeros are written to the slots ``live(write)``, after the step's own keys and values."""
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Positions in a block of the cache."""
 
     @abstractmethod
     def spoil_cache(self) -> None:

@@ -110,15 +110,38 @@ class VllmSite(Site):
 
         def update(right_of: Any, *args: Any) -> None:
             *rest, slots = args
-            layer, spans = args[0], self.spans()
-            if (
-                spans is not None and args[3].data_ptr() == layer.kv_cache.data_ptr()
-            ):  # not what a cache reader tries out
-                count = len(spans.positions)
-                slots = torch.cat((wrong(Write(slots[:count].clone(), spans.positions, spans.decode)), slots[count:]))
+            write = self.write_of(args)
+            if write is not None:
+                slots = torch.cat((wrong(write), slots[len(write.slots) :]))
             right_of(*rest, slots)
 
         self.changes.wrap(self.attention.attn.impl, "do_kv_cache_update", update)
+
+    def on_padding(self, live: Callable[[Write], torch.Tensor]) -> None:
+        """Zeros are written to the slots ``live(write)``, after the step's own keys and values."""
+
+        def update(right_of: Any, *args: Any) -> None:
+            right_of(*args)
+            write, (layer, key, value, cache, _) = self.write_of(args), args
+            if write is not None:
+                slots = live(write)
+                right_of(layer, *(torch.zeros_like(t[: len(slots)]) for t in (key, value)), cache, slots)
+
+        self.changes.wrap(self.attention.attn.impl, "do_kv_cache_update", update)
+
+    def write_of(self, args: tuple[Any, ...]) -> Write | None:
+        """What a call of the backend's cache update writes; None in a warm-up, or where a cache reader tries it out."""
+        layer, _, _, cache, slots = args
+        spans = self.spans()
+        if spans is None or cache.data_ptr() != layer.kv_cache.data_ptr():
+            return None
+        last = torch.tensor(spans.ends[1 : len(spans.counts) + 1]) - 1
+        return Write(slots[: len(spans.positions)].clone(), spans.positions, spans.decode, last)
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block of the cache."""
+        return int(self.worker.vllm_config.cache_config.block_size)
 
     def spoil_cache(self) -> None:
         """Let this layer's cache hold what no request wrote."""
