@@ -200,6 +200,7 @@ class Session:
             folder=folder,
             points=points,
             thorough=thorough,
+            weights=lambda engine: judge_weights(self._weight_subject(engine)),
             progress=self._progress,
         )
 
@@ -235,7 +236,9 @@ class Session:
 
     def _weights(self) -> WeightSubject:
         """The candidate's ledgers beside what the checkpoint and the reference let expect."""
-        engine: Any = self._opened_engine("candidate")
+        return self._weight_subject(self._opened_engine("candidate"))
+
+    def _weight_subject(self, engine: Any) -> WeightSubject:
         ledgers: list[RankLedger] = engine.ledger()
         return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype, allowed=self._allowed)
 

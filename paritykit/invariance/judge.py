@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -16,6 +17,7 @@ from paritykit.invariance.compare import Scene, compare_tokens, compare_views, l
 from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.outside import stray_findings, unwatched
 from paritykit.invariance.properties import PROPERTIES
+from paritykit.invariance.ranks import PARAMETERS, replica_findings, weight_findings
 from paritykit.invariance.trial import Arguments, Skipped, Twins
 from paritykit.results import Coverage, Finding, Unmatched
 
@@ -74,7 +76,11 @@ def add_findings(answer: Answer, more: Iterable[Finding]) -> Answer:
 
 def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[list[Finding], list[Unmatched]]:
     """The findings of two runs, and the points that only one of them shows. Raises UsageError, EngineError."""
-    base, varied = laboratory.view(twins.base), laboratory.view(twins.varied)
+    base = laboratory.view(twins.base)
+    if twins.ranks and not laboratory.brief:
+        with suppress(UsageError):
+            laboratory.weights(twins.base)  # while its engine is open
+    varied = laboratory.view(twins.varied)
     allow = partial(_allowed, exact=twins.exact, terms=laboratory.terms)
     found: list[Finding] = []
     for cases in twins.pairs:
@@ -94,7 +100,25 @@ def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[
     if twins.varied.poison is not None:
         found += stray_findings(varied, laboratory.graph, check=check, condition=twins.varied.name)
         missing += unwatched(varied)
+    if twins.ranks:
+        told = {"check": check, "condition": twins.varied.name}
+        found += replica_findings(varied, laboratory.graph, pairs=twins.pairs, **told)
+        shards, untold = _compare_weights(laboratory, twins, check=check)
+        return [*found, *shards], [*missing, *untold]
     return found, missing
+
+
+def _compare_weights(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[list[Finding], list[Unmatched]]:
+    """What is wrong with the varied run's weights; that they were not looked at, with the reason."""
+    if laboratory.brief:
+        return [], []  # weights are the same whatever is run
+    condition = twins.varied.name
+    try:
+        base, varied = laboratory.weights(twins.base), laboratory.weights(twins.varied)
+    except UsageError as error:
+        return [], [Unmatched(side="candidate", point=PARAMETERS, reason=str(error))]
+    ranks = math.prod(laboratory.view(twins.varied).capture.manifest.side.parallel.values())
+    return weight_findings(base, varied, ranks=ranks, check=check, condition=condition), []
 
 
 def _allowed(dtypes: tuple[str, str], depth: int, *, exact: bool, terms: int) -> Tolerance:

@@ -15,10 +15,11 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.diagnose.locate import Graph
 from paritykit.engines.base import Engine, Progress
-from paritykit.errors import UsageError
+from paritykit.errors import EngineError, UsageError
 from paritykit.invariance.compare import View
 from paritykit.invariance.pool import EnginePool
 from paritykit.invariance.trial import Arguments, Trial
+from paritykit.ledger.judge import Judged
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Laboratory:
     ``own`` is that engine as the user asked for it, open; ``pool`` starts it with other arguments, None where that is
     not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all: where
     only some are, nothing can be located, and the first difference is answer enough. A bench that is not ``thorough``
-    picks few of the ways to run.
+    picks few of the ways to run. ``weights`` judges what an open engine's loader did.
     """
 
     def __init__(
@@ -42,9 +43,12 @@ class Laboratory:
         folder: Path,
         points: tuple[str, ...] | None = None,
         thorough: bool = True,
+        weights: Callable[[Engine], Judged] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.cases = cases
+        self._weights = weights
+        self._judged: dict[bytes, Judged | UsageError] = {}
         self._thorough = thorough
         self._points = points
         self._own, self._pool, self._reference = own, pool, reference
@@ -121,6 +125,27 @@ class Laboratory:
                 self._progress(f"running: {trial.name}", 0, 0)
             self._views[key] = View(engine.run(list(trial.cases), points=points, out=out), self.reference)
         return self._views[key]
+
+    def weights(self, trial: Trial) -> Judged:
+        """What the loader did to the weights, in the engine of a trial. Raises UsageError where that is not known."""
+        arguments = self._differing(trial.arguments)
+        key = msgspec.json.encode(arguments, order="sorted")
+        if key not in self._judged:
+            self._judged[key] = self._judge_weights(self._engine(arguments))
+        found = self._judged[key]
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _judge_weights(self, engine: Engine) -> Judged | UsageError:
+        if self._weights is None or "ledger" not in engine.capabilities:
+            return UsageError(f"engine {self.engine} does not say where its loader puts weights")
+        try:
+            found = self._weights(engine)
+        except EngineError as error:
+            return UsageError(str(error))
+        untraced = next((f.message for f in found.findings if f.verdict == "inconclusive"), "")
+        return UsageError(untraced) if untraced else found
 
     def _engine(self, arguments: dict[str, Any]) -> Engine:
         if not arguments:

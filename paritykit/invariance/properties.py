@@ -161,7 +161,7 @@ def _parallel(bench: Bench, kind: str) -> Iterator[Twins | Skipped]:
     base = _base(bench, **{argument: 1})
     own = bench.parallel.get(argument, 1)
     for arguments in [{argument: own}] if own > 1 else bench.variations(kind) or [{argument: 2}]:
-        yield _twins(base, _told(arguments), base.cases, arguments=arguments)
+        yield msgspec.structs.replace(_twins(base, _told(arguments), base.cases, arguments=arguments), ranks=True)
 
 
 def kv_cache(bench: Bench) -> Iterator[Twins | Skipped]:

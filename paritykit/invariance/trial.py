@@ -34,6 +34,7 @@ class Twins(msgspec.Struct, frozen=True, kw_only=True):
     """Two runs that must agree. ``pairs`` are (case of the base, case of the varied run) that stand for each other.
 
     ``partial``: the varied run may leave out positions that it did not have to compute. ``exact``: bit for bit.
+    ``ranks``: the ranks of the varied run must agree among themselves, and have the weights of the base.
     """
 
     base: Trial
@@ -41,6 +42,7 @@ class Twins(msgspec.Struct, frozen=True, kw_only=True):
     pairs: tuple[tuple[str, str], ...]
     partial: bool = False
     exact: bool = False
+    ranks: bool = False
 
 
 class Bench(Protocol):

@@ -106,6 +106,28 @@ def test_quiet_on_several_ranks(session: Callable[..., Session], name: str) -> N
     assert answer.coverage.compared > 50
     sizes = (2, 4) if name == "tensor_parallel" else (2,)
     assert {f.condition for f in answer.findings} <= {f"{name}_size {n}" for n in sizes}
+    assert {f.case for f in answer.findings if f.point == "#replicas"} == (set(CASES) if len(sizes) > 1 else set())
+    assert [(u.point, "provenance is off" in u.reason) for u in answer.coverage.skipped] == [("#parameters", True)]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("name", "fault", "wrong"), [
+    ("tensor_parallel", "null-loading", set()),
+    ("tensor_parallel", "gate-and-up-exchanged", set()),
+    ("pipeline_parallel", "gate-and-up-exchanged", set()),
+    ("tensor_parallel", "shard-of-rank-0", {"model.layers.1.mlp.down_proj.weight"}),
+])  # fmt: skip
+def test_weights_are_held_against_those_of_one_rank(
+    session: Callable[..., Session], name: str, fault: str, wrong: set[str]
+) -> None:
+    """What a loader does wrong on one rank as well is no matter of several."""
+    arguments = FAULTS.get(fault).arguments(layer=1)
+    answer = vary(session(model_of("qwen2"), provenance=True, **arguments), name)
+    told = [f for f in answer.findings if not f.case]
+    assert {f.point for f in told if f.verdict == "fail"} == wrong
+    assert {f.point for f in told if f.verdict == "pass"} <= {"#parameters"}
+    assert told
+    assert answer.coverage.skipped == []
 
 
 def planted(check: str) -> Iterator[Any]:
