@@ -48,8 +48,8 @@ class VllmEngine:
     Set here unless given: ``enforce_eager`` (hooks do not fire in compiled graphs), prefix caching off (cached rows
     are never computed, so never seen), no tokenizer, and a length and KV cache that fit the cases. ``after_load`` is
     ``package.module:function``, called on every worker with ``after_load_args``, to change the loaded model;
-    ``before_load`` is called with the model whose weights are about to be loaded. ``provenance`` traces the loader; not
-    where a ``load_format`` is given.
+    ``before_load`` is called with the model whose weights are about to be loaded, and ``after_open`` with the engine
+    itself. ``provenance`` traces the loader; not where a ``load_format`` is given.
     """
 
     capabilities = frozenset(
@@ -83,6 +83,8 @@ class VllmEngine:
         after_load_args: dict[str, Any] | None = None,
         before_load: str = "",
         before_load_args: dict[str, Any] | None = None,
+        after_open: str = "",
+        after_open_args: dict[str, Any] | None = None,
         provenance: bool = True,
         **arguments: Any,
     ) -> None:
@@ -92,6 +94,7 @@ class VllmEngine:
         self._ranks, self._stages = tensor_parallel_size, pipeline_parallel_size
         self._after_load = (after_load, after_load_args or {})
         self._before_load = (before_load, before_load_args or {})
+        self._after_open = (after_open, after_open_args or {})
         self._provenance = provenance
         self._arguments = arguments
         self._llm: Any = None
@@ -121,6 +124,9 @@ class VllmEngine:
         names = msgspec.json.encode(list(self.checkpoint.tensors))
         self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
         self._ledgers = [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
+        target, arguments = self._after_open
+        if target:
+            self.call(target, arguments, host=True)
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``: every rank writes its own tensors, straight from its hooks."""

@@ -21,14 +21,15 @@ from paritykit.testing.faults.conditions import (
     PREFIX,
     SAME_BLOCK,
 )
+from paritykit.testing.faults.host import Host
 from paritykit.testing.faults.nano_site import NanoSite, Reading
-from paritykit.testing.faults.site import Core, Host, Site, Write
+from paritykit.testing.faults.site import Core, Site, Write
 from paritykit.testing.faults.table import fault
 
 ATTENTION = "model.layers.{layer}.self_attn"
 CACHE = {"kind": "cache", "point": ATTENTION}
 CHECKS = ("modules", "logits", "kv_cache")
-HOST = {"kind": "cache", "point": "model.layers.0.self_attn", "engines": ("nano",), "stage": "host"}
+HOST = {"kind": "cache", "point": "model.layers.0.self_attn", "stage": "host"}
 LOST = 20
 """A position whose key and value are lost."""
 
@@ -254,18 +255,7 @@ def rows_mixed_up(site: NanoSite) -> None:
 )
 def ignores_parent(host: Host) -> None:
     """A block is known by its own tokens, whatever came before them."""
-    blocks = host.llm.blocks
-
-    def chain(right_of: Any, key: str, tokens: Any, number: int) -> bytes:
-        digests = blocks._chains[key]
-        held, digests[number] = digests[number], digests[0]
-        try:
-            found: bytes = right_of(key, tokens, number)
-        finally:
-            digests[number] = held
-        return found
-
-    host.changes.wrap(blocks, "_chain", chain)
+    host.forget_parents()
 
 
 @fault(
@@ -278,12 +268,7 @@ def ignores_parent(host: Host) -> None:
 )
 def hit_too_long(host: Host) -> None:
     """One position more than the cache holds is taken to be in it."""
-
-    def admit(right_of: Any, key: str, tokens: Any, **options: Any) -> int:
-        found = int(right_of(key, tokens, **options))
-        return found + 1 if found else 0
-
-    host.changes.wrap(host.llm.blocks, "admit", admit)
+    host.on_hit(lambda found: found + 1 if found else 0)
 
 
 @fault(
@@ -296,22 +281,7 @@ def hit_too_long(host: Host) -> None:
 )
 def after_preemption(host: Host) -> None:
     """A request whose blocks were taken goes on where it was, and nothing is computed anew."""
-    scheduler, held = host.llm.scheduler, dict[str, int]()
-
-    def preempt(right_of: Any, request: Any) -> None:
-        held[request.id] = request.computed
-        right_of(request)
-
-    def admit(right_of: Any, key: str, tokens: Any, **options: Any) -> int:
-        found = int(right_of(key, tokens, **options))
-        request = scheduler.find(key)
-        if request is None or not request.preemptions:
-            return found
-        request.computed = held[key]
-        return held[key]
-
-    host.changes.wrap(scheduler, "preempt", preempt)
-    host.changes.wrap(host.llm.blocks, "admit", admit)
+    host.keep_computed()
 
 
 @fault(
@@ -320,6 +290,7 @@ def after_preemption(host: Host) -> None:
     seen=("TGI #2489",),
     checks=("kv_cache", "batching"),
     when=CROWDED,
+    engines=("nano",),
     **HOST,
 )
 def freed_early(host: Host) -> None:

@@ -219,6 +219,13 @@ class Site(ABC):
         """``wrong(partial, reduce)`` instead of the sum of every rank's ``partial``."""
 
     @abstractmethod
+    def on_hand_over(self, wrong: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """``wrong(hidden, residual)`` instead of what goes to the stage whose first layer this is.
+
+        ``hidden`` is the sum of ``residual`` and what the last layer's MLP added. NotHere on every other stage.
+        """
+
+    @abstractmethod
     def on_embedding_scale(self, wrong: Callable[[float], float]) -> None:
         """``wrong(factor)`` instead of the factor on the embedding."""
 
@@ -229,10 +236,3 @@ class Site(ABC):
     @abstractmethod
     def on_logits(self, wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """``wrong(raw)`` instead of the finished logits; ``raw`` are those before any softcap."""
-
-
-class Host:
-    """Where mistakes of scheduling are planted: nano's core ``llm``, in the process that schedules."""
-
-    def __init__(self, llm: Any, changes: Changes) -> None:
-        self.llm, self.changes = llm, changes

@@ -11,7 +11,7 @@ import torch
 
 from paritykit.engines.nano.attention import Scores
 from paritykit.testing.faults.nano_site import SPOILT
-from paritykit.testing.faults.site import Rotation, Site, Write, Wrong
+from paritykit.testing.faults.site import NotHere, Rotation, Site, Write, Wrong
 
 
 class VllmSite(Site):
@@ -221,6 +221,24 @@ class VllmSite(Site):
 
         self.changes.set(linear, "reduce_results", False)
         self.changes.wrap(linear, "forward", forward)
+
+    def on_hand_over(self, wrong: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """``wrong(hidden, residual)`` instead of what goes to the stage whose first layer this is.
+
+        ``hidden`` is the sum of ``residual`` and what the last layer's MLP added. NotHere on every other stage.
+        """
+        inner = self.model.model
+        if inner.end_layer != self.layer:
+            raise NotHere
+
+        def forward(right_of: Any, *args: Any, **kwargs: Any) -> Any:
+            handed = right_of(*args, **kwargs)
+            update, residual = handed["hidden_states"], handed["residual"]
+            total = self.blend(residual + update, wrong(residual + update, residual))
+            handed["hidden_states"], handed["residual"] = torch.zeros_like(total), total
+            return handed
+
+        self.changes.wrap(inner, "forward", forward)
 
     def on_embedding_scale(self, wrong: Callable[[float], float]) -> None:
         """Another factor on the embedding."""
