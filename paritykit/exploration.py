@@ -20,6 +20,8 @@ from paritykit.runner import Session
 
 LONGEST, MARGIN = 200, 16
 """Longest prompt that is drawn, and the positions left after it."""
+WHOLE = CaseSet(["len-2+1"])
+"""Where no workload differs, this one is compared at every point, and what is asked of the model as a whole with it."""
 BLOCK = 16
 """Where an engine does not say how long its blocks are."""
 
@@ -42,9 +44,10 @@ def explore(session: Session, check: InvarianceCheck, *, checkpoint: Checkpoint,
             name=f"{check.name} {checkpoint.digest[:12]} {msgspec.json.encode(arguments, order='sorted').decode()}",
             profile=profile,
         )
-        if smallest is not None:
-            cases = search.resolve(smallest)
-            return Exploration(answer=search.run(cases, arguments, points=None), failing=cases, tried=search.tried)
+        cases = search.resolve(WHOLE if smallest is None else smallest)
+        answer = search.look(cases, arguments)
+        if smallest is not None or differs(answer):
+            return Exploration(answer=answer, failing=cases, tried=search.tried)
     return Exploration(answer=search.answer(), tried=search.tried)
 
 
@@ -70,16 +73,15 @@ class _Search:
 
     def fails(self, workload: CaseSet, arguments: Arguments) -> bool:
         """Whether a workload differs; only what the check looks at first is recorded."""
-        answer = self.run(self.resolve(workload), arguments, points=self._check.looks)
-        self.tried += 1
-        self._answers.append(answer)
-        return any(f.verdict in ("fail", "error") for f in answer.findings)
+        return differs(self.look(self.resolve(workload), arguments, points=self._check.looks))
 
-    def run(self, cases: list[Case], arguments: Arguments, *, points: tuple[str, ...] | None) -> Answer:
+    def look(self, cases: list[Case], arguments: Arguments, *, points: tuple[str, ...] | None = None) -> Answer:
         """What the check finds on these cases."""
         with self._bench(cases, points=points) as laboratory:
             answer: Answer = self._check.run(laboratory, only=arguments)
-            return answer
+        self.tried += 1
+        self._answers.append(answer)
+        return answer
 
     def answer(self) -> Answer:
         """All answers as one: the worst finding of each point, and all that was skipped."""
@@ -93,6 +95,11 @@ class _Search:
 
     def _bench(self, cases: list[Case], *, points: tuple[str, ...] | None) -> AbstractContextManager[Laboratory]:
         return self._session.bench(cases, points=points, thorough=self._profile.thorough)
+
+
+def differs(answer: Answer) -> bool:
+    """Whether anything is wrong."""
+    return any(f.verdict in ("fail", "error") for f in answer.findings)
 
 
 def worst(findings: Iterable[Finding]) -> list[Finding]:
