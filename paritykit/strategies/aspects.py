@@ -7,99 +7,92 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
-from paritykit.testing.families import find_family, tiny_config
+from paritykit.errors import UsageError
+from paritykit.strategies.fields import Fields, Limits, merged, optional
+from paritykit.strategies.ropes import rope
 
-Fields = dict[str, Any]
-
-SILENT: Mapping[str, Fields] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
-    "qwen3": {"use_sliding_window": False, "max_window_layers": 28, "attention_bias": False},
-    "qwen3_moe": {"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1},
-    "gemma2": {"attention_bias": False},
-    "gemma3_text": {"attention_bias": False},
-    "phi3": {"sliding_window": None, "partial_rotary_factor": 1.0},
-    "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True},
-    "opt": {"enable_bias": True, "tie_word_embeddings": True},
-}
-"""Fields of which the tiny families say nothing, as the config classes have them, by ``model_type``."""
 GEMMAS = ("gemma2", "gemma3_text")
 """All Gemmas tie their embeddings, and engines rely on it."""
 
 WIDEST = 512
 """Most elements of all heads together; models are to stay tiny."""
+NARROW = 32
+"""The size of a head where the family names none."""
+WIDE = 192
+"""Most hidden elements where heads do not set them."""
 UNIT = 16
 """Widths are multiples of it, as kernels want them."""
 WINDOWS = (8, 1, 2, 15, 17, 33, 100, 600)
 NORMS = (1e-6, 1e-5, 1e-2)
 CAPS = (None, 1.0, 20.0, 50.0)
-THETAS = (10000.0, 100.0, 1e6)
-FACTORS = (2.0, 4.0, 8.0)
-PARTS = (0.5, 0.75, 0.25)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the models must keep to: see ``models``."""
-
-    head_dims: tuple[int, ...]
-    ropes: tuple[str, ...]
-    ranks: int = 1
-
-    def share(self, heads: int, kv_heads: int) -> bool:
-        """Whether so many heads can be shared by the ranks."""
-        return not heads % self.ranks and not (kv_heads % self.ranks and self.ranks % kv_heads)
-
 
 Aspect = Callable[[Fields, Limits], "st.SearchStrategy[Fields]"]
 
 
-def defaults(family: str) -> Fields:
-    """A family's config under the usual names of its fields, with those that it leaves to the config class."""
-    found = find_family(family)
-    usual = {own: name for name, own in found.aliases.items()}
-    config = tiny_config(family)
-    return {**SILENT.get(found.model_type, {}), **{usual.get(name, name): value for name, value in config.items()}}
-
-
 def heads(own: Fields, limits: Limits) -> st.SearchStrategy[Fields]:
-    """Query heads, kv heads that divide them, their size, and the hidden size where it follows from them."""
-    names = [n for n in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size") if n in own]
-    grouped, free = "num_key_value_heads" in own, "head_dim" in own
+    """Query heads, kv heads that divide them, their size, and the hidden size, which follows where heads have none."""
+    free = "head_dim" in own
+    sizes = sorted(limits.head_dims, key=lambda size: (size != own.get("head_dim", NARROW), size))
+
+    def fields(counts: tuple[int, int], size: int, step: int) -> Fields:
+        count, kv_heads = counts
+        narrow = size if count * size <= WIDEST else min(sizes)
+        hidden = _hidden(own["hidden_size"], count, step) if free else count * narrow
+        found = {"num_attention_heads": count, "num_key_value_heads": kv_heads, "head_dim": narrow}
+        return {n: v for n, v in {**found, "hidden_size": hidden, "word_embed_proj_dim": hidden}.items() if n in own}
+
+    steps = st.integers(0, WIDE // UNIT if free else 0)
+    return st.builds(fields, st.sampled_from(_counts(own, limits)), st.sampled_from(sizes), steps)
+
+
+def _counts(own: Fields, limits: Limits) -> list[tuple[int, int]]:
+    """Query heads and kv heads, the family's own first, then what is like it."""
+    grouped = "num_key_value_heads" in own
+    usual = (own["num_attention_heads"], own.get("num_key_value_heads", own["num_attention_heads"]))
+    pairs = {(kv * group, kv if grouped else kv * group) for kv in range(1, 5) for group in range(1, 5)}
+    narrow = min(limits.head_dims)
+    found = [pair for pair in pairs if limits.share(*pair) and pair[0] * narrow <= WIDEST]
+    if not found:
+        raise UsageError(f"no heads of {narrow} elements, {WIDEST} in all, for {limits.ranks} ranks to share")
+    return sorted(found, key=lambda pair: (sum(a != b for a, b in zip(pair, usual, strict=True)), pair))
+
+
+def _hidden(usual: int, count: int, step: int) -> int:
+    """A hidden size that config classes take for so many heads: the usual one at step 0, then others in turn."""
+    unit = math.lcm(UNIT, count)
+    sizes = [n for n in (usual,) if not n % count] + [n for n in range(unit, WIDE + 1, unit) if n != usual]
+    return sizes[step % len(sizes)]
+
+
+def _heads(own: Fields, limits: Limits) -> list[tuple[int, int, int]]:
+    """Query heads, kv heads and size of a head, the family's own first, then what is like it."""
     usual = (own["num_attention_heads"], own.get("num_key_value_heads"), own.get("head_dim", 32))
-    found = [
-        (kv_heads * group, kv_heads if grouped else None, size)
+    grouped = "num_key_value_heads" in own
+    found = {
+        (kv_heads * group, kv_heads if grouped else kv_heads * group, size)
         for kv_heads in range(1, 5)
         for group in range(1, 5)
         for size in limits.head_dims
-        if limits.share(kv_heads * group, kv_heads if grouped else kv_heads * group)
-        and kv_heads * group * size <= WIDEST
-    ]
-    nearest = sorted(set(found), key=lambda c: (sum(a != b for a, b in zip(c, usual, strict=True)), c != usual, c[0]))
-
-    def fields(chosen: tuple[int, int | None, int]) -> Fields:
-        count, kv_heads, size = chosen
-        hidden = own["hidden_size"] if free else count * size
-        values = {"num_attention_heads": count, "num_key_value_heads": kv_heads, "head_dim": size}
-        widths = {n: hidden for n in ("hidden_size", "word_embed_proj_dim") if n in own}
-        return {n: v for n, v in {**values, **widths}.items() if n in {*names, "word_embed_proj_dim"} and n in own}
-
-    return st.sampled_from(nearest).map(fields)
+        if kv_heads * group * size <= WIDEST
+    }
+    shared = [(count, kv_heads, size) for count, kv_heads, size in found if limits.share(count, kv_heads)]
+    if not shared:
+        raise UsageError(f"no heads of {limits.head_dims} elements, {WIDEST} in all, for {limits.ranks} ranks to share")
+    return sorted(shared, key=lambda one: (sum(a != b for a, b in zip(one, usual, strict=True)), one))
 
 
 def widths(own: Fields, limits: Limits) -> st.SearchStrategy[Fields]:
-    """Widths of the MLP and the experts, and the hidden size where heads do not set it."""
+    """Widths of the MLP, the experts, and of an embedding that has one of its own."""
     unit = math.lcm(UNIT, limits.ranks)
     inner = st.integers(1, 16).map(lambda n: n * unit)
     outer = st.integers(2, 12).map(lambda n: n * UNIT)
-    found = {n: inner for n in ("intermediate_size", "moe_intermediate_size") if n in own}
-    free = {"hidden_size"} if "head_dim" in own else {"word_embed_proj_dim"}
-    return st.fixed_dictionaries({}, optional={**found, **{n: outer for n in free if n in own}})
+    choices = {"intermediate_size": inner, "moe_intermediate_size": inner, "word_embed_proj_dim": outer}
+    needed = {n: s for n, s in choices.items() if s is inner and n in own and own[n] % limits.ranks}
+    return merged(optional(own, choices), st.fixed_dictionaries(needed))
 
 
 @st.composite
@@ -140,49 +133,7 @@ def experts(own: Fields, limits: Limits) -> st.SearchStrategy[Fields]:
     if "mlp_only_layers" not in own:
         return counts
     dense = st.lists(st.integers(0, 3), unique=True, max_size=2).map(sorted)
-    return merged(counts, _optional(own, {"mlp_only_layers": dense, "decoder_sparse_step": st.just(2)}))
-
-
-def rope(own: Fields, limits: Limits) -> st.SearchStrategy[Fields]:
-    """Rotary embedding: its base, its kind, how much of a head is rotated; of several, the first is of any kind."""
-    table = own.get("rope_parameters")
-    if table is None:
-        return st.just({})
-    nested = all(isinstance(entry, dict) for entry in table.values())
-    places = [f"rope_parameters.{name}." for name in table] if nested else ["rope_parameters."]
-    bases = _optional(None, {f"{place}rope_theta": st.sampled_from(THETAS) for place in places})
-    kinds = [k for k in limits.ropes if own["model_type"] not in FEW_KINDS or k in FEW_KINDS[own["model_type"]]]
-    scaled = st.one_of([_scaling(kind, own["max_position_embeddings"]) for kind in kinds])
-    named = scaled.map(lambda entries: {places[0] + name: value for name, value in entries.items()})
-    if "partial_rotary_factor" not in own:
-        return merged(bases, named)
-    part = {f"{places[0]}partial_rotary_factor": st.sampled_from(PARTS)}
-    return merged(bases, named, _optional(None, part))
-
-
-FEW_KINDS = {"phi3": ("default", "linear")}
-"""Config classes that take others for something else, by ``model_type``."""
-
-
-def _scaling(kind: str, positions: int) -> st.SearchStrategy[Fields]:
-    """Entries of one kind; what a model was first trained for times the factor is what it has now."""
-    if kind == "default":
-        return st.just({})
-    needed: dict[str, st.SearchStrategy[Any]] = {"rope_type": st.just(kind), "factor": st.sampled_from(FACTORS)}
-    if kind == "llama3":
-        needed |= {"low_freq_factor": st.sampled_from((1.0, 2.0)), "high_freq_factor": st.sampled_from((4.0, 8.0))}
-    extra: dict[str, st.SearchStrategy[Any]] = {}
-    if kind == "yarn":
-        extra = {
-            "beta_fast": st.just(16.0),
-            "beta_slow": st.just(2.0),
-            "attention_factor": st.just(1.25),
-            "truncate": st.just(False),
-        }
-    found = st.fixed_dictionaries(needed, optional=extra)
-    if kind in ("linear", "dynamic"):
-        return found
-    return found.map(lambda e: {**e, "original_max_position_embeddings": int(positions / e["factor"])})
+    return merged(counts, optional(own, {"mlp_only_layers": dense, "decoder_sparse_step": st.just(2)}))
 
 
 def _scalars(choices: Mapping[str, st.SearchStrategy[Any]], *, but: tuple[str, ...] = ()) -> Aspect:
@@ -190,19 +141,9 @@ def _scalars(choices: Mapping[str, st.SearchStrategy[Any]], *, but: tuple[str, .
 
     def aspect(own: Fields, limits: Limits) -> st.SearchStrategy[Fields]:
         del limits
-        return st.just({}) if own["model_type"] in but else _optional(own, choices)
+        return st.just({}) if own["model_type"] in but else optional(own, choices)
 
     return aspect
-
-
-def _optional(own: Fields | None, choices: Mapping[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Fields]:
-    """Some of ``choices``, of those only that are in ``own`` where it is given."""
-    return st.fixed_dictionaries({}, optional={n: s for n, s in choices.items() if own is None or n in own})
-
-
-def merged(*parts: st.SearchStrategy[Fields]) -> st.SearchStrategy[Fields]:
-    """The fields of all parts; of a field in several, the last."""
-    return st.tuples(*parts).map(lambda found: {n: v for part in found for n, v in part.items()})
 
 
 VOCABULARY = st.sampled_from((65, 127, 129, 1023)) | st.integers(17, 1100).filter(lambda size: size % 64)

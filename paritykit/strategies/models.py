@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from paritykit.errors import UnknownNameError
-from paritykit.strategies.aspects import ASPECTS, Limits, defaults, merged
+from paritykit.strategies.aspects import ASPECTS
+from paritykit.strategies.fields import Limits, defaults, merged
 from paritykit.testing.families import TINY_FAMILIES
 from paritykit.testing.named import TinyModel
 
@@ -29,7 +30,8 @@ def models(
 
     ``head_dims`` and ``ropes`` are those that the engine knows; ``ranks`` can share every model; ``keep`` names
     aspects (keys of ``ASPECTS``) that stay as the family has them. Shrinks to the first family's defaults, or to what
-    is nearest where these are not allowed. Nothing is built: that is ``model.build()``. Raises UnknownNameError.
+    is nearest where these are not allowed. Nothing is built: that is ``model.build()``. Raises UnknownNameError,
+    and UsageError where no heads are allowed.
 
     >>> from hypothesis import find
     >>> str(find(models("qwen2"), lambda model: model.config["vocab_size"] < 499))

@@ -24,9 +24,9 @@ def edges(*, block_size: int = 16, window: int = 0, chunk: int = 0, longest: int
 
 
 def lengths(*, block_size: int = 16, window: int = 0, chunk: int = 0, longest: int = LONG) -> st.SearchStrategy[int]:
-    """Prompt lengths: mostly at edges, else any; shrinks to the shortest."""
-    near = st.sampled_from(edges(block_size=block_size, window=window, chunk=chunk, longest=longest))
-    return near | st.integers(1, longest)
+    """Prompt lengths: as often at edges as anywhere; shrinks to the shortest."""
+    near = edges(block_size=block_size, window=window, chunk=chunk, longest=longest)
+    return st.sampled_from(sorted([*range(1, longest + 1), *near * (longest // len(near))]))
 
 
 @st.composite
@@ -45,7 +45,12 @@ def workloads(
     Several are of one text, or of texts that part at such a length; some come twice. Token ids are spread over the
     whole vocabulary, its last id and those next to the edges of shards among them.
     """
-    size = lengths(block_size=block_size, window=window, chunk=chunk, longest=longest)
-    text = st.sampled_from(TEXTS) | size.map(lambda place: f"{TEXTS[0]}{place}{TEXTS[1]}")
-    one = st.builds(case_name, size, st.integers(0, max_new_tokens), text, forced=st.booleans())
-    return CaseSet(numbered(draw(st.lists(one, min_size=1, max_size=max_requests))))
+    limits = {"block_size": block_size, "window": window, "chunk": chunk, "longest": longest}
+    forks = [f"{TEXTS[0]}{place}{TEXTS[1]}" for place in edges(**limits)]
+    after = [(new, fed) for new in range(max_new_tokens + 1) for fed in (False, True)[: new + 1]]
+    one = st.tuples(
+        lengths(**limits), st.sampled_from(after), st.sampled_from([*TEXTS * len(forks), *forks]), st.integers(1, 2)
+    )
+    drawn = draw(st.lists(one, min_size=1, max_size=max_requests))
+    names = [case_name(size, new, text, forced=fed) for size, (new, fed), text, times in drawn for _ in range(times)]
+    return CaseSet(numbered(names[:max_requests]))
