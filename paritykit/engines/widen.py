@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,7 +63,8 @@ class _Widening(TorchFunctionMode):
     ) -> Any:
         del types
         func, kwargs = CASTS.get(func, func), kwargs or {}
-        if any(type(a) in FORMS for a in (*args, *kwargs.values())) and not _takes_bytes(func, args):
+        given = chain(map(type, args), map(type, kwargs.values()))
+        if not FORMS.isdisjoint(given) and not _takes_bytes(func, args):
             args = tuple(_wide(a) for a in args)
             kwargs = {name: _wide(a) for name, a in kwargs.items()}
         return func(*args, **kwargs)

@@ -153,9 +153,11 @@ def test_narrow_operations_are_seen_with_their_place() -> None:
 
 def test_what_widening_does_not_reach_is_seen() -> None:
     """The reason why a truth is proven and not only widened: numpy, old constructors, code without Python."""
+    made_before = torch.ones(3)
     scripted = torch.jit.CompilationUnit("def lower(x):\n    return x.float() * 2.0\n").lower
     for unreached in (
         lambda: scripted(THIRD),
+        lambda: made_before + THIRD,
         lambda: torch.FloatTensor([1 / 3]) + THIRD,
         lambda: torch.from_numpy(np.ones(3, dtype=np.float32)) * THIRD,
     ):
