@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import parse_dtype
 from paritykit.engines.features import feature_axes, parameter_names
 from paritykit.engines.kv import CacheReading
+from paritykit.engines.truth import check_wide, let_run, prove_wide
+from paritykit.engines.widen import widened
 from paritykit.errors import EngineError, UsageError
 from paritykit.results import Side
 
@@ -47,7 +49,9 @@ class HFEngine:
     """``engine("hf", MODEL, dtype="float32")``: any ``AutoModelForCausalLM``.
 
     ``dtype`` float64, float32, bfloat16 or float16; ``attn_implementation`` as in transformers, ``eager`` by default;
-    ``padding`` ``none`` or ``left``. Raises UsageError for a bad argument, EngineError if the model does not load.
+    ``padding`` ``none`` or ``left``. In float64 the casts to float32 in transformers' code are lifted, so that all
+    of it is float64; ``widen=False`` leaves them. Raises UsageError for a bad argument, EngineError if the model does
+    not load or works in fewer bits all the same.
     """
 
     capabilities = frozenset({"logits", "decode", "teacher_forcing"})
@@ -61,6 +65,7 @@ class HFEngine:
         attn_implementation: str = "eager",
         padding: str = "none",
         trust_remote_code: bool = False,
+        widen: bool = True,
     ) -> None:
         if padding not in ("none", "left"):
             raise UsageError(f"padding must be 'none' or 'left', not {padding!r}")
@@ -70,25 +75,30 @@ class HFEngine:
         self._attention = attn_implementation
         self._padding = padding
         self._trust = trust_remote_code
+        self._widen = widen and self._dtype is torch.float64
         self._model: Any = None
 
     def open(self) -> None:
         """Load the model in evaluation mode."""
         try:
-            with quiet():
+            with quiet(), self._precision():
                 model = AutoModelForCausalLM.from_pretrained(
                     self.checkpoint.path,
                     dtype=self._dtype,
                     attn_implementation=self._attention,
                     trust_remote_code=self._trust,
                 )
-            self._model = model.to(self._device).eval()
+                self._model = model.to(self._device).eval()
+                if self._dtype is torch.float64:
+                    let_run(model)
+                if self._widen:
+                    prove_wide(model, where=str(self.checkpoint.path))
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
             raise EngineError(f"hf cannot load {self.checkpoint.path}: {error}") from error
 
     def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
         """See ``Engine.run``; new tokens come from the model's KV cache, one step at a time."""
-        with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad():
+        with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad(), self._precision():
             layout = DenseLayout()
             generated: dict[str, list[int]] = {}
             with Recorder(self._model, part, reading=CacheReading(), selection=points, alias=True) as recorder:
@@ -99,7 +109,10 @@ class HFEngine:
                     generation = _Generation(self._model, group, index={c.id: i for i, c in enumerate(cases)})
                     generated |= generation.run(recorder, layout)
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts())
-            return Capture.open(folder.commit(manifest, [part.finish()]), verify=False)
+            written = part.finish()
+            if self._widen:
+                check_wide(written.points)
+            return Capture.open(folder.commit(manifest, [written]), verify=False)
 
     def describe(self) -> Side:
         """Versions, dtype and attention of the loaded model."""
@@ -111,13 +124,16 @@ class HFEngine:
             digest=self.checkpoint.digest,
             attention_backend=self._attention,
             versions={"transformers": transformers.__version__, "torch": str(torch.__version__)},
-            args={"padding": self._padding},
+            args={"padding": self._padding, **({"widen": str(self._widen)} if self._dtype is torch.float64 else {})},
         )
 
     def close(self) -> None:
         """Drop the model."""
         self._model = None
         gc.collect()
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return widened() if self._widen else nullcontext()
 
     def _facts(self) -> dict[str, Any]:
         """What mapping needs: where transformers put each checkpoint tensor, and modules that mean something else."""
