@@ -29,7 +29,7 @@ OPTIONS = {
     "reference": "reference engine (default: hf)",
     "candidate": "candidate engine, or package.module:factory (default: vllm)",
     "dtype": "the candidate's dtype (default: auto, the checkpoint's own)",
-    "reference-dtype": "the reference's dtype (default: float32)",
+    "reference-dtype": "the reference's dtype (default: one precision above the candidate's)",
     "map": "TOML file with mapping rules",
     "html": "write an HTML report",
     "jsonl": "write the records of the run",
@@ -161,10 +161,18 @@ def parity_session(
     """Both engines on all collected cases; what was checked is left as a part of the records at the end."""
     from paritykit.pytest_session import ParitySession, told_briefly
 
-    engines = {"reference": parity_reference, "candidate": parity_candidate}
-    planned = all(getattr(e, "host", None) in parity_hosts.values() for e in engines.values())
+    hosts = {side: getattr(e, "host", None) for side, e in (("r", parity_reference), ("c", parity_candidate))}
+    planned = all(host in parity_hosts.values() for host in hosts.values())
+    planned_reference = hosts["r"] in parity_hosts.values()
     with told_briefly():
-        session = ParitySession(parity_plan, **engines, command=None if planned else _command(pytestconfig))
+        session = ParitySession(
+            parity_plan,
+            reference=parity_plan.reference(parity_reference, host=hosts["r"])
+            if planned_reference
+            else parity_reference,
+            candidate=parity_candidate,
+            command=None if planned else _command(pytestconfig),
+        )
     yield session
     session.finish(pytestconfig.stash[PARTS])
 

@@ -58,6 +58,7 @@ class ParitySession:
     """
 
     def __init__(self, plan: Plan, *, reference: Any, candidate: Any, command: list[str] | None = None) -> None:
+        """``reference`` is an engine of the user's own, or the plan's reference."""
         self._plan = plan
         self._given, self._command = command, command or _command(plan, plan.case_names)
         self._session = Session(

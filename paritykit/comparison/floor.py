@@ -43,6 +43,8 @@ SIGMAS = 5.0
 DEGREES = 25
 CHANNEL_DEGREES = 64
 """Independent numbers among the channels, at most: projections on channels scatter less than rows do."""
+PEAKED = 3.0
+"""Squares of a few random numbers are as uneven as if they were three times fewer."""
 LEAST_PART = 0.1
 """A systematic part of the error is held against this share of the whole at least: kernels have a bent of their own."""
 LEAST_SCALE = 0.025, 5.0
@@ -55,7 +57,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """A verdict with the number it rests on, the one that is furthest beyond its limit.
 
     ``floor`` is the twin's number and ``source`` says how ``allowed`` follows from it. ``needed`` is the smallest
-    factor of the noise floor that would pass: None where no factor would.
+    ``factor`` (or tolerance, where there is no floor) that would pass: None where none would.
     """
 
     verdict: Verdict
@@ -65,6 +67,8 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     floor: float | None
     source: str
     needed: float | None = None
+    factor: float = FACTOR
+    dtype: str = "float32"
 
 
 class Guard(msgspec.Struct, frozen=True):
@@ -77,12 +81,19 @@ class Guard(msgspec.Struct, frozen=True):
 
 
 def judge_floor(
-    measured: Measurement, noise: Noise, *, dtype: str, factor: float = FACTOR, pooled: float = 0.0
+    measured: Measurement,
+    noise: Noise,
+    *,
+    dtype: str,
+    factor: float = FACTOR,
+    pooled: float = 0.0,
+    note: str = "",
 ) -> Judged:
     """Whether the candidate is as near the truth as the twin is, within ``factor`` and chance.
 
     ``dtype`` is what the candidate stores the point in: half a unit in its last place is the least floor there is.
-    ``pooled`` is the noise floor of neighbouring points, for a twin that was lucky at this one.
+    ``pooled`` is the noise floor of neighbouring points, for a twin that was lucky at this one; ``note`` says where
+    ``factor`` came from.
     """
     if measured.nonfinite_mismatch:
         return Judged(
@@ -92,6 +103,8 @@ def judge_floor(
             allowed=0.0,
             floor=None,
             source="no NaN or Inf that the reference has not",
+            factor=factor,
+            dtype=dtype,
         )
     if not noise.twin.whole and not pooled:
         return _exact(measured, dtype)
@@ -106,8 +119,11 @@ def judge_floor(
         value=shown.value,
         allowed=factor * shown.chance * shown.floor,
         floor=shown.floor,
-        source=_source(shown, factor=factor, lifted=least > noise.twin.whole, pooled=pooled),
+        source=_source(shown, factor=factor, lifted=least > noise.twin.whole, pooled=pooled)
+        + (f"; {note}" if note else ""),
         needed=_beyond(worst) if math.isfinite(_beyond(worst)) else None,
+        factor=factor,
+        dtype=dtype,
     )
 
 
@@ -137,7 +153,7 @@ def guards(noise: Noise, *, least: float) -> Iterator[Guard]:
     whole = max(twin.whole, least)
     lift = whole / twin.whole if twin.whole else 1.0
     rows, channels = noise.even_rows, noise.even_channels
-    wide, tall = min(channels, DEGREES), min(rows, DEGREES)
+    wide, tall = min(PEAKED * channels, noise.features, DEGREES), min(rows, DEGREES)
     yield Guard("rel_l2", candidate.whole, whole, chance(rows * wide))
     yield Guard("typical_rel_l2", *_typical(twin, candidate, least=least), chance(noise.rows * wide))
     yield _worst("position_rel_l2", candidate.row, twin.row, lift=lift, least=least, numbers=wide)
@@ -192,7 +208,7 @@ def _exact(measured: Measurement, dtype: str) -> Judged:
         source = f"the reference has no noise here: 2 x half an ULP of {dtype}"
     metric, value, allowed = numbers
     verdict: Verdict = "fail" if failed else "pass"
-    return Judged(verdict=verdict, metric=metric, value=value, allowed=allowed, floor=0.0, source=source)
+    return Judged(verdict=verdict, metric=metric, value=value, allowed=allowed, floor=0.0, source=source, dtype=dtype)
 
 
 def _source(guard: Guard, *, factor: float, lifted: bool, pooled: float) -> str:
