@@ -58,7 +58,7 @@ def test_nano_passes_by_the_floor_alone(floors: Floors, family: str, dtype: str)
 def test_a_small_mistake_in_one_norm_fails_in_bfloat16(floors: Floors, family: str, fault: str) -> None:
     """In the first layer: further on, what bfloat16 has done to the input is larger than what is wrong."""
     candidate = floors.nano(family, floors.truth(family, "bfloat16"), dtype="bfloat16", fault=fault, layer=0)
-    results = floors.compare(family, candidate, dtype="bfloat16")
+    results = floors.compare(family, candidate, dtype="bfloat16", checks=("modules",))
     first = results.summary.first_divergence
     assert results.summary.verdict == "fail"
     assert first is not None
@@ -66,19 +66,21 @@ def test_a_small_mistake_in_one_norm_fails_in_bfloat16(floors: Floors, family: s
 
 
 @pytest.mark.parametrize("fault", ["norm-eps", "norm-in-half-precision"])
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("layer", [1, pytest.param(3, marks=deep)])
 def test_in_float32_a_small_mistake_fails_in_any_layer(floors: Floors, fault: str, layer: int) -> None:
-    candidate = floors.nano("qwen2", floors.truth("qwen2", "float32"), dtype="float32", fault=fault, layer=layer)
-    first = floors.compare("qwen2", candidate, dtype="float32").summary.first_divergence
+    truth = floors.truth("qwen2", "float32")
+    candidate = floors.nano("qwen2", truth, dtype="float32", fault=fault, layer=layer)
+    first = floors.compare("qwen2", candidate, dtype="float32", checks=("modules",)).summary.first_divergence
     assert first is not None
     assert first.point == f"model.layers.{layer}.input_layernorm"
 
 
 GRADED = [f for _, f in FAULTS.items() if f.graded and f.stage == "live" and "nano" in f.engines]
-QUICK = ("norm-kind", "rope-theta", "attention-scale", "residual-dropped")
+QUICK = ("rope-theta", "residual-dropped")
+SHORT = ("long-40",)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=deep)])
 @pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=[] if f.name in QUICK else [deep]) for f in GRADED])
 @pytest.mark.xdist_group("floors")
 def test_a_fault_at_ten_times_the_floor_is_found(floors: Floors, fault: Fault, dtype: str) -> None:
@@ -88,10 +90,11 @@ def test_a_fault_at_ten_times_the_floor_is_found(floors: Floors, fault: Fault, d
         pytest.skip("shows under conditions of its own, or in no model here")
     full = planted_point(floors, family, fault, dtype, strength=1.0)
     ratio = full.metrics["floor_ratio"] or 0.0
-    weak = planted_point(floors, family, fault, dtype, strength=min(1.0, 10 / ratio))
-    assert full.verdict == "fail" or ratio < 2
-    assert weak.verdict == "fail" or ratio < 2, weak
-    assert (weak.metrics["floor_ratio"] or 0.0) < 15 or fault.kind == "dtype"
+    if ratio < 10:
+        pytest.skip(f"at full strength it is {ratio:.1f} times the floor")
+    weak = planted_point(floors, family, fault, dtype, strength=10 / ratio)
+    assert (full.verdict, weak.verdict) == ("fail", "fail")
+    assert (weak.metrics["floor_ratio"] or 0.0) < max(40, ratio / 2), "a strength that does nothing"
 
 
 def config(family: str) -> dict[str, Any]:
@@ -101,10 +104,9 @@ def config(family: str) -> dict[str, Any]:
 
 
 def planted_point(floors: Floors, family: str, fault: Fault, dtype: str, *, strength: float) -> Finding:
-    candidate = floors.nano(
-        family, floors.truth(family, dtype), dtype=dtype, fault=fault.name, layer=1, strength=strength
-    )
-    results = floors.compare(family, candidate, dtype=dtype)
+    truth = floors.truth(family, dtype, names=SHORT)
+    candidate = floors.nano(family, truth, dtype=dtype, fault=fault.name, layer=1, strength=strength)
+    results = floors.compare(family, candidate, dtype=dtype, names=SHORT, checks=("modules", "logits"))
     at = [f for f in results.findings if f.point == fault.at(layer=1) and f.check in ("modules", "logits")]
     return max(at, key=lambda f: f.metrics.get("floor_ratio") or 0.0)
 
