@@ -61,7 +61,11 @@ def run(model: str, **options: Any) -> int:
 
     plan = make_plan(
         model,
-        given={name: options[name] for name in ("reference", "candidate", "dtype", "reference_dtype")},
+        given={
+            **{name: options[name] for name in ("reference", "candidate", "dtype", "reference_dtype")},
+            "floor": False if options["no_floor"] else None,
+            "cache": "off" if options["no_cache"] else None,
+        },
         checks=options["check"],
         case_names=options["case"],
         cases_file=options["cases"],

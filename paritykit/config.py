@@ -16,13 +16,19 @@ DEFAULTS: dict[str, Any] = {
     "reference": "hf",
     "candidate": "vllm",
     "dtype": "auto",
-    "reference_dtype": "float32",
+    "reference_dtype": "auto",
     "min_coverage": 0.9,
+    "floor": True,
     "tolerance": {},
+    "policy": [],
+    "cache": "auto",
     "allow": [],
 }
-"""Every setting there is. ``tolerance`` overrides the fallback table: ``{"bfloat16": 0.03}``; ``allow`` lists
-what may be wrong with weights: ``{problem = "offset", name = ".*norm.weight", reason = "stored without the 1"}``."""
+"""Every setting there is. ``reference_dtype`` is one precision above the candidate's unless said otherwise; ``floor``
+measures the noise floor by a second run of the reference. ``tolerance`` is a number in its place, by dtype:
+``{"bfloat16": 0.03}``; ``policy`` lists allowed numbers by point: ``{point = "*.mlp", factor = 3.0, reason = "..."}``.
+``cache`` keeps captures of the reference: under the Hugging Face cache, in a folder, or ``off``. ``allow`` lists what
+may be wrong with weights: ``{problem = "offset", name = ".*norm.weight", reason = "stored without the 1"}``."""
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -84,7 +90,7 @@ def _parse(text: str, default: Any, variable: str) -> Any:
 
 def _checked(name: str, value: Value, default: Any) -> Value:
     wanted = (int, float) if isinstance(default, float) else type(default)
-    if not isinstance(value.value, wanted) or isinstance(value.value, bool):
+    if not isinstance(value.value, wanted) or isinstance(value.value, bool) != isinstance(default, bool):
         raise UsageError(f"setting {name!r} ({value.source}) must be a {type(default).__name__}, not {value.value!r}")
     return value
 

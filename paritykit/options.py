@@ -37,7 +37,9 @@ RUN_OPTIONS = (
     click.option("--reference", help="Reference engine (default: hf)."),
     *CANDIDATE,
     click.option("--check", multiple=True, help="Check to run (repeatable; default: those that start no engine anew)."),
-    click.option("--reference-dtype", help="The reference's dtype (default: float32)."),
+    click.option("--reference-dtype", help="The reference's dtype (default: one precision above the candidate's)."),
+    click.option("--no-floor", is_flag=True, help="Measure no noise floor; judge by the fallback table."),
+    click.option("--no-cache", is_flag=True, help="Neither use nor keep captures of the reference."),
     click.option(
         "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."
     ),

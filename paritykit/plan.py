@@ -21,7 +21,9 @@ from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import resolve_model, tokenizer_of
+from paritykit.reference import ABOVE, PRECISION, Reference, Role
 from paritykit.runner import Session
+from paritykit.store import key_of, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Plan:
         """The session, its engines not started. Raises UsageError."""
         hosts = HostPool()
         return Session(
-            reference=self.reference_engine(),
+            reference=self.reference(),
             candidate=self.candidate_engine(),
             cases=self.resolve_cases(),
             config=self.config,
@@ -79,10 +81,67 @@ class Plan:
         """The cases for this model. Raises UsageError."""
         return resolve_cases(self.checkpoint, names=self.case_names, fixed=self.fixed, file=self.cases_file)
 
+    def reference(self, engine: Any = None, *, host: HostProcess | None = None) -> Reference:
+        """The reference as truth and, where its noise floor can be measured, as twin; not started.
+
+        ``engine`` is a truth that is there already, which ``reference_engine(host)`` made. Without ``host``, truth and
+        twin share a process of their own.
+        """
+        own = HostProcess() if host is None else None
+        shared = host or own
+        return Reference(
+            truth=self._role(engine, self.truth_arguments(), shared),
+            twin=None if self.no_floor else self._role(None, self._twin_arguments(), shared),
+            plain=self._role(None, self._twin_arguments(), shared) if self._daring else None,
+            no_floor=self.no_floor,
+            host=own,
+            store=open_store(self.config["cache"]),
+        )
+
     def reference_engine(self, host: HostProcess | None = None) -> Any:
-        """The reference, not started; in ``host``, a process to share, where one is given."""
-        arguments = {"dtype": self._dtype("reference_dtype"), **self.reference_args}
-        return _engine(self.config["reference"], self.checkpoint, arguments, host)
+        """The reference as truth, not started; in ``host``, a process to share, where one is given."""
+        return _engine(self.config["reference"], self.checkpoint, self.truth_arguments(), host)
+
+    def truth_arguments(self) -> dict[str, Any]:
+        """What the truth's engine is called with: one precision above the candidate, on the weights it has."""
+        wanted = self.config["reference_dtype"]
+        if wanted == "auto":
+            dtype = "float32" if self.no_floor else ABOVE[self._dtype("dtype")]
+        else:
+            dtype = self._dtype("reference_dtype")
+        weights = {} if self.no_floor else {"weights_dtype": self._dtype("dtype")}
+        return {"dtype": dtype, **weights, **self.reference_args}
+
+    @cached_property
+    def no_floor(self) -> str:
+        """Why no noise floor can be measured; empty where it can."""
+        name, dtype, wanted = self.config["reference"], self._dtype("dtype"), self.config["reference_dtype"]
+        if not self.config["floor"]:
+            return f"switched off ({self.config.source('floor')})"
+        if name != "hf":
+            return f"the reference {name} is not run in two dtypes"
+        if "dtype" in self.reference_args or dtype not in ABOVE:
+            return f"nothing is run above {self.reference_args.get('dtype', dtype)}"
+        if wanted != "auto" and PRECISION[self._dtype("reference_dtype")] <= PRECISION[dtype]:
+            return f"the reference ran in {self._dtype('reference_dtype')}, the candidate in {dtype}"
+        return ""
+
+    @property
+    def _daring(self) -> bool:
+        """Whether the truth is in float64 for no other reason than the noise floor: not every model runs in it."""
+        return bool(self.config["reference_dtype"] == "auto" and self.truth_arguments()["dtype"] == "float64")
+
+    def _twin_arguments(self) -> dict[str, Any]:
+        return {"dtype": self._dtype("dtype"), **self.reference_args}
+
+    def _role(self, engine: Any, arguments: dict[str, Any], host: HostProcess | None) -> Role:
+        name = self.config["reference"]
+        made = _engine(name, self.checkpoint, arguments, host) if engine is None else engine
+
+        def key(cases: list[Case]) -> str:
+            return key_of(name, arguments, digest=self.checkpoint.digest, cases=cases)
+
+        return Role(engine=made, key=key if name == "hf" else None)
 
     def candidate_engine(self, host: HostProcess | None = None) -> Any:
         """The candidate, not started.

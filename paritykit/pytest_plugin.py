@@ -30,7 +30,7 @@ OPTIONS = {
     "reference": "reference engine (default: hf)",
     "candidate": "candidate engine, or package.module:factory (default: vllm)",
     "dtype": "the candidate's dtype (default: auto, the checkpoint's own)",
-    "reference-dtype": "the reference's dtype (default: float32)",
+    "reference-dtype": "the reference's dtype (default: one precision above the candidate's)",
     "profile": "how long drawn workloads are looked for: ci (default) or deep",
     "map": "TOML file with mapping rules",
     "html": "write an HTML report",
@@ -169,12 +169,15 @@ def parity_session(
     """Both engines on all collected cases; what was checked is left as a part of the records at the end."""
     from paritykit.pytest_session import ParitySession, told_briefly
 
-    engines = {"reference": parity_reference, "candidate": parity_candidate}
-    planned = all(getattr(e, "host", None) in parity_hosts for e in engines.values())
+    hosts = {side: getattr(e, "host", None) for side, e in (("r", parity_reference), ("c", parity_candidate))}
+    planned = all(host in parity_hosts for host in hosts.values())
     with told_briefly():
         session = ParitySession(
             parity_plan,
-            **engines,
+            reference=parity_plan.reference(parity_reference, host=hosts["r"])
+            if hosts["r"] in parity_hosts
+            else parity_reference,
+            candidate=parity_candidate,
             hosts=parity_hosts,
             profile=pytestconfig.getoption("--parity-profile"),
             command=None if planned else _command(pytestconfig),

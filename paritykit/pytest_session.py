@@ -76,6 +76,7 @@ class ParitySession:
         profile: str | None = None,
         command: list[str] | None = None,
     ) -> None:
+        """``reference`` is an engine of the user's own, or the plan's reference."""
         self._plan = plan
         self._profile = find_profile(profile or "ci")
         self._command = command

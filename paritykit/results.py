@@ -98,10 +98,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
 
     ``metric``/``value``/``allowed`` are the judged number; ``metrics`` holds all the others. ``order`` is the place in
     the reference's execution order; ``located`` the module to blame where it differs from the point that shows it.
-    ``profile`` is the relative error per position, pooled to at most 64 numbers, ``positions`` the first and last
-    position and ``failing`` the position ranges (inclusive) that are beyond tolerance. ``condition`` says how the
-    engine ran, where a check holds it against itself, and ``workload`` names all cases that ran, where these are not
-    those of the run.
+    ``profile`` is the relative error per position, pooled to at most 64 numbers, ``floor_profile`` the same of the
+    reference's twin, ``positions`` the first and last position and ``failing`` the position ranges (inclusive) that are
+    beyond tolerance. ``needs`` is the smallest ``factor`` (of the noise floor) or ``tolerance`` that would pass, as a
+    policy says it. ``condition`` says how the engine ran, where a check holds it against itself, and ``workload`` names
+    all cases that ran, where these are not those of the run.
     """
 
     check: str
@@ -126,6 +127,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     positions: tuple[int, int] | None = None
     failing: list[tuple[int, int]] = []
     profile: list[float | None] = []
+    floor_profile: list[float | None] = []
+    needs: dict[str, float] = {}
     shape: list[int] = []
     dtypes: tuple[str, str] | None = None
 

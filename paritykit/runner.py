@@ -17,6 +17,7 @@ from paritykit.case import Case
 from paritykit.checks import CHECKS
 from paritykit.checks.base import Answer, Check, InvarianceCheck, ModelCheck, ModelSubject, Subject
 from paritykit.checks.checkpoint import answer_of
+from paritykit.comparison.policy import Policy, read_policies
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
 from paritykit.engines.base import Engine, Progress
@@ -32,6 +33,7 @@ from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, run_record
+from paritykit.reference import Reference, Role
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 
 
@@ -45,7 +47,7 @@ class Session:
     def __init__(
         self,
         *,
-        reference: Engine,
+        reference: Engine | Reference,
         candidate: Engine,
         cases: list[Case],
         config: Config | None = None,
@@ -61,13 +63,16 @@ class Session:
         self.config = config or load_config()
         self._tolerance = check_overrides(self.config["tolerance"])
         self._allowed = read_allowed(self.config["allow"], source=self.config.source("allow"))
-        self._engines = {"reference": reference, "candidate": candidate}
+        self._policies = policies_of(self.config)
+        self._candidate = candidate
         self._cases = cases
         self._rules = rules
         self._progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="paritykit-")
-        self._opened: set[str] = set()
         self._starts: dict[str, int] = {}
+        self._reference = reference if isinstance(reference, Reference) else Reference(truth=Role(engine=reference))
+        self._reference.prepare(folder=Path(self._folder.name), cases=cases, progress=progress)
+        self._opened = False
         self._free: dict[str, list[int]] | None = None
 
     def __enter__(self) -> Session:
@@ -78,8 +83,10 @@ class Session:
 
     def close(self) -> None:
         """Close what is open and remove the captures."""
-        for side in list(self._opened):
-            self._close(side)
+        self._reference.close()
+        if self._opened:
+            self._opened = False
+            self._candidate.close()
         if self._pool is not None:
             self._pool.close()
         self._folder.cleanup()
@@ -88,16 +95,14 @@ class Session:
 
     @cached_property
     def reference(self) -> Capture:
-        """The reference's capture, with the tokens it chose."""
-        capture = self._run("reference", self._cases, "reference", points=None)
-        self._close("reference")
-        return capture
+        """The reference's capture, as truth, with the tokens it chose."""
+        return self._reference.capture
 
     @cached_property
     def candidate(self) -> Capture:
         """The candidate's capture, fed the reference's tokens."""
         forced = [c.force(self.reference.continuation(c.id)) for c in self._cases]
-        return self._run("candidate", forced, "candidate", points=None)
+        return self._run(forced, "candidate", points=None)
 
     @property
     def chosen_freely(self) -> dict[str, list[int]] | None:
@@ -107,13 +112,14 @@ class Session:
     def free_tokens(self) -> dict[str, list[int]]:
         """What the candidate chooses when left alone, by case id; runs it once more, without recording."""
         if self._free is None:
-            capture = self._run("candidate", self._cases, "free", points=[])
+            capture = self._run(self._cases, "free", points=[])
             self._free = {c.id: capture.generated(c.id) for c in self._cases}
         return self._free
 
     @cached_property
     def subject(self) -> Subject:
         """What checks look at. Raises UsageError for a rule of the user's that fits nothing."""
+        twin = self._reference.twin_capture
         mapping = build_mapping(self.reference.manifest, self.candidate.manifest, user=self._rules)
         return Subject(
             reference=self.reference,
@@ -122,6 +128,9 @@ class Session:
             tolerance=self._tolerance,
             tolerance_source=self.config.source("tolerance"),
             free=self.free_tokens,
+            twin=twin,
+            no_floor=self._reference.no_floor,
+            policies=self._policies,
         )
 
     @cached_property
@@ -193,7 +202,7 @@ class Session:
         self, cases: list[Case], folder: Path, *, points: tuple[str, ...] | None = None, thorough: bool = True
     ) -> Laboratory:
         return Laboratory(
-            own=lambda: self._opened_engine("candidate"),
+            own=self._opened_candidate,
             pool=self._pool,
             reference=lambda: self.reference.manifest,
             cases=cases,
@@ -207,18 +216,18 @@ class Session:
     @property
     def candidate_args(self) -> dict[str, str]:
         """How the candidate runs; it is started on first need."""
-        return self._opened_engine("candidate").describe().args
+        return self._opened_candidate().describe().args
 
     @property
     def starts(self) -> dict[str, int]:
         """How often each engine was started: the reference, the candidate, and this with other arguments, by these."""
-        return {**self._starts, **({} if self._pool is None else self._pool.starts)}
+        return {**self._reference.starts, **self._starts, **({} if self._pool is None else self._pool.starts)}
 
     def _lacks(self, check: ModelCheck) -> str:
         """Why a model check has nothing to look at; empty where it has."""
         if not check.needs:
             return "" if self._checkpoint is not None else "there is no checkpoint folder to read"
-        engine = self._opened_engine("candidate")
+        engine = self._opened_candidate()
         if check.needs in engine.capabilities:
             return ""
         return f"engine {getattr(engine, 'name', 'candidate')!r} does not say where its loader puts weights"
@@ -228,15 +237,13 @@ class Session:
         captured = "reference" in self.__dict__
         side = self.reference.manifest.side if captured else checkpoint_side(self._checkpoint)
         candidate = (
-            self.candidate.manifest.side
-            if "candidate" in self.__dict__
-            else self._opened_engine("candidate").describe()
+            self.candidate.manifest.side if "candidate" in self.__dict__ else self._opened_candidate().describe()
         )
         return run_record(side, candidate, checks, command=command, starts=self.starts)
 
     def _weights(self) -> WeightSubject:
         """The candidate's ledgers beside what the checkpoint and the reference let expect."""
-        return self._weight_subject(self._opened_engine("candidate"))
+        return self._weight_subject(self._opened_candidate())
 
     def _weight_subject(self, engine: Any) -> WeightSubject:
         ledgers: list[RankLedger] = engine.ledger()
@@ -244,26 +251,21 @@ class Session:
 
     def _audit(self) -> Audit:
         assert self._checkpoint is not None
-        ranks = self._opened_engine("candidate").describe().parallel.get("tensor_parallel_size", 1)
+        ranks = self._opened_candidate().describe().parallel.get("tensor_parallel_size", 1)
         return audit(self._checkpoint.path, tensor_parallel_size=ranks, progress=self._progress)
 
-    def _opened_engine(self, side: str) -> Engine:
-        engine = self._engines[side]
-        if side not in self._opened:
-            self._opened.add(side)
-            self._say(f"starting {getattr(engine, 'name', side)}")
-            engine.open()
-            self._starts[side] = self._starts.get(side, 0) + 1
-        return engine
+    def _opened_candidate(self) -> Engine:
+        if not self._opened:
+            self._opened = True
+            self._say(f"starting {getattr(self._candidate, 'name', 'candidate')}")
+            self._candidate.open()
+            self._starts["candidate"] = 1
+        return self._candidate
 
-    def _run(self, side: str, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:
-        return self._opened_engine(side).run(
+    def _run(self, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:
+        return self._opened_candidate().run(
             cases, points=Selection(points), out=Path(self._folder.name) / name, progress=self._progress
         )
-
-    def _close(self, side: str) -> None:
-        self._opened.discard(side)
-        self._engines[side].close()
 
     def _say(self, what: str) -> None:
         if self._progress:
@@ -336,10 +338,16 @@ def audit_results(found: Audit, model: str, *, command: list[str] | None = None)
     )
 
 
+def policies_of(config: Config) -> list[Policy]:
+    """The project's own allowed numbers. Raises UsageError for one that makes no sense."""
+    return read_policies(config["policy"], source=config.source("policy"), checks=CHECKS.names())
+
+
 def compare_captures(
     reference: Capture,
     candidate: Capture,
     *,
+    twin: Capture | None = None,
     checks: Iterable[str] | None = None,
     config: Config | None = None,
     rules: list[UserRule] | None = None,
@@ -348,16 +356,20 @@ def compare_captures(
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
-    Raises UsageError if they do not hold the same tokens.
+    ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor. Raises UsageError if
+    they do not hold the same tokens.
     """
     config = config or load_config()
-    check_same_tokens(reference, candidate)
+    for other in (candidate, *([twin] if twin is not None else [])):
+        check_same_tokens(reference, other)
     subject = Subject(
         reference=reference,
         candidate=candidate,
         mapping=build_mapping(reference.manifest, candidate.manifest, user=rules),
         tolerance=check_overrides(config["tolerance"]),
         tolerance_source=config.source("tolerance"),
+        twin=twin,
+        policies=policies_of(config),
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from paritykit.comparison.tolerance import Tolerance, tolerance_for
+from paritykit.comparison.policy import Policy, find_policy
+from paritykit.comparison.tolerance import Tolerance, coarser, flat, tolerance_for
 from paritykit.diagnose.locate import Graph
 from paritykit.ledger.subject import WeightSubject
 from paritykit.results import Coverage, Finding, WeightRow
@@ -26,6 +27,9 @@ class Subject:
 
     ``reference`` and ``candidate`` hold the same tokens (the candidate was fed the reference's). ``free``, asked for
     only by checks that need it, gives the tokens the candidate chose when left alone, by case id.
+
+    ``twin`` is the reference again, in the candidate's dtype: with it, ``reference`` is the truth that both are held
+    against. ``no_floor`` says why there is none. ``policies`` are the project's own allowed numbers.
     """
 
     def __init__(
@@ -37,6 +41,9 @@ class Subject:
         tolerance: dict[str, float] | None = None,
         tolerance_source: str = "",
         free: Callable[[], dict[str, list[int]]] | None = None,
+        twin: Capture | None = None,
+        no_floor: str = "",
+        policies: list[Policy] | None = None,
     ) -> None:
         self.reference = reference
         self.candidate = candidate
@@ -44,6 +51,9 @@ class Subject:
         self.tolerance = tolerance or {}
         self.tolerance_source = tolerance_source
         self._free = free
+        self._policies = policies or []
+        self.twin, self._no_floor = _fitting(twin, candidate, no_floor)
+        self.twin_errors: dict[str, float] = {}
 
     @cached_property
     def graph(self) -> Graph:
@@ -62,14 +72,41 @@ class Subject:
         sides = (self.reference.manifest.side, self.candidate.manifest.side)
         return any(s.dtype not in ("float32", "float64") for s in sides)
 
-    def allowed(self, dtypes: tuple[str, str], *, order: int) -> Tolerance:
-        """The tolerance of a point with these dtypes, at this place in execution order."""
-        return tolerance_for(dtypes, depth=order, overrides=self.tolerance, source=self.tolerance_source)
+    def allowed(self, dtypes: tuple[str, str], *, order: int, policy: Policy | None = None) -> Tolerance:
+        """The tolerance of a point with these dtypes, at this place in execution order, where no floor judges it."""
+        if policy is not None and policy.tolerance is not None:
+            return flat(policy.tolerance, policy.note)
+        return tolerance_for(
+            dtypes,
+            depth=order,
+            overrides=self.tolerance,
+            source=self.tolerance_source,
+            reason=self._no_floor,
+        )
+
+    def policy(self, point: str, dtypes: tuple[str, str], *, check: str) -> Policy | None:
+        """What the project says of a point, if anything."""
+        return find_policy(self._policies, point=point, dtype=coarser(dtypes), check=check)
+
+    def floor_judges(self, dtypes: tuple[str, str], policy: Policy | None) -> bool:
+        """Whether a point is judged by its noise floor: where there is a twin, and no number was given in its place."""
+        given = policy.tolerance is not None if policy is not None else coarser(dtypes) in self.tolerance
+        return self.twin is not None and not given
 
     @cached_property
     def free_tokens(self) -> dict[str, list[int]] | None:
         """Tokens the candidate chose by itself, by case id; None where it was not run so."""
         return self._free() if self._free else None
+
+
+def _fitting(twin: Capture | None, candidate: Capture, reason: str) -> tuple[Capture | None, str]:
+    """The twin if it is in the candidate's dtype; otherwise none, and why."""
+    if twin is None:
+        return None, reason
+    ours, theirs = twin.manifest.side.dtype, candidate.manifest.side.dtype
+    if ours == theirs:
+        return twin, ""
+    return None, f"the reference's twin ran in {ours}, the candidate in {theirs}"
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

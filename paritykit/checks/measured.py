@@ -8,6 +8,7 @@ import msgspec
 
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import Subject
+from paritykit.checks.floors import FloorMeter, judge_point
 from paritykit.comparison.align import pairs
 from paritykit.comparison.judge import finding_from
 from paritykit.comparison.metrics import Meter
@@ -24,10 +25,14 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Fin
     ours, theirs = reference.point(rule.reference), candidate.point(rule.candidate)
     dtypes = (ours.dtype, theirs.dtype)
     order = subject.graph.order(rule.reference)
-    allowed = subject.allowed(dtypes, order=order)
+    policy = subject.policy(rule.reference, dtypes, check=check)
+    allowed = subject.allowed(dtypes, order=order, policy=policy)
+    twin = subject.twin if subject.floor_judges(dtypes, policy) else None
     meter, places = Meter(element_tolerance=allowed.whole), list[int]()
+    floor = FloorMeter(twin, point=rule.reference, case=case)
     for position, left, right in pairs(rule, reference, candidate, case):
         meter.update(left, right)
+        floor.update(position, left, right)
         places += range(position, position + left.shape[0])
     wanted = wanted_rows(subject, rule, case, found=places)
     if len(places) != wanted or not wanted:
@@ -43,9 +48,11 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Fin
             if wanted
             else "the reference did not run it in this case",
         )
+    measured, noise = meter.result(), floor.result()
     finding = finding_from(
-        meter.result(),
-        allowed,
+        measured,
+        allowed if noise is None else judge_point(subject, rule, measured, noise, policy=policy),
+        noise=noise,
         check=check,
         case=case,
         point=rule.reference,

@@ -50,6 +50,20 @@ def rule_rows(rule: Rule, capture: Capture, case: str, start: int, length: int) 
     return apply_rule(rule, _reader(capture, case, start, length))
 
 
+def own_rows(capture: Capture, key: str, case: str, start: int, length: int) -> torch.Tensor | None:
+    """These positions of a capture's point under its own name, ``[tokens, features]``; None where it lacks some."""
+    if key not in capture.points:
+        return None
+    parts = []
+    for span in capture.spans(capture.point(key), case):
+        low, high = max(start, span.position), min(start + length, span.position + span.length)
+        if high > low:
+            parts.append(flat(rows_of(capture, span, low, high - low)))
+    if sum(map(len, parts)) != length:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def positions(capture: Capture, point: Point, case: str) -> int:
     """How many positions of ``case`` the capture holds for ``point``."""
     return sum(s.length for s in capture.spans(point, case))

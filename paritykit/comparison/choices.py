@@ -42,13 +42,17 @@ class Choice(msgspec.Struct, frozen=True):
         )
 
 
-def choice_at(
-    step: int, tokens: tuple[int, int], logits: tuple[torch.Tensor, torch.Tensor], allowed: Tolerance
-) -> Choice:
-    """The choice of two tokens by their ``logits``, ``[vocabulary]`` of each side."""
+def choice_at(step: int, tokens: tuple[int, int], logits: tuple[torch.Tensor, torch.Tensor], *, sound: bool) -> Choice:
+    """The choice of two tokens by their ``logits``, ``[vocabulary]`` each; ``sound`` where these may differ so."""
     left, right = (row.double() for row in logits)
-    sound = measure(left[None], right[None]).rel_l2 <= allowed.position
-    return Choice(step, *tokens, float(left[tokens[0]] - left[tokens[1]]), float((left - right).abs().max()), sound)
+    margin, error = left[tokens[0]] - left[tokens[1]], (left - right).abs().max()
+    return Choice(step, *tokens, float(margin), float(error), sound)
+
+
+def logits_within(logits: tuple[torch.Tensor, torch.Tensor], allowed: Tolerance) -> bool:
+    """Whether the logits of one position differ by no more than ``allowed``."""
+    left, right = (row.double() for row in logits)
+    return measure(left[None], right[None]).rel_l2 <= allowed.position
 
 
 def compare_choices(

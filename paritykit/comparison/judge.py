@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from paritykit.comparison.floor import Judged, beyond_floor
 from paritykit.comparison.measurement import Measurement
-from paritykit.comparison.tolerance import Tolerance
+from paritykit.comparison.noise import Noise
+from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance
 from paritykit.results import Finding, Verdict
 
 PROFILE = 64
@@ -29,8 +31,9 @@ def judge(measured: Measurement, allowed: Tolerance) -> tuple[Verdict, str, floa
 
 def finding_from(
     measured: Measurement,
-    allowed: Tolerance,
+    allowed: Tolerance | Judged,
     *,
+    noise: Noise | None = None,
     check: str,
     case: str,
     point: str,
@@ -41,30 +44,58 @@ def finding_from(
     candidate_point: str,
     mapping: str,
 ) -> Finding:
-    """The finding of one measured pair; ``places`` are the positions of its rows."""
-    verdict, metric, value, limit = judge(measured, allowed)
-    rows = list(measured.row_rel_l2)
+    """The finding of one measured pair; ``places`` are the positions of its rows.
+
+    ``allowed`` is what it is held against, or what the floor's judge said of its ``noise``.
+    """
+    ruled = allowed if isinstance(allowed, Judged) else _ruled(measured, allowed)
+    flagged = _beyond(measured, allowed, noise)
     return Finding(
         check=check,
         case=case,
         point=point,
+        verdict=ruled.verdict,
+        metric=ruled.metric,
+        value=ruled.value,
+        allowed=ruled.allowed,
+        allowed_source=ruled.source,
+        noise_floor=ruled.floor,
+        needs={} if ruled.needed is None else {"tolerance" if noise is None else "factor": ruled.needed},
+        order=order,
+        candidate_point=candidate_point,
+        mapping=mapping,
+        metrics=dict(measured.as_dict() | (noise.as_dict() if noise is not None else {})),
+        positions=(places[0], places[-1]),
+        failing=ranges(p for p, far in zip(places, flagged, strict=True) if far) if ruled.verdict == "fail" else [],
+        profile=pool(list(measured.row_rel_l2)),
+        floor_profile=pool(list(noise.twin.row)) if noise is not None else [],
+        shape=shape,
+        dtypes=dtypes,
+    )
+
+
+def _ruled(measured: Measurement, allowed: Tolerance) -> Judged:
+    verdict, metric, value, limit = judge(measured, allowed)
+    worst = max(measured.row_rel_l2, default=0.0)
+    needed = max(measured.rel_l2, worst / POSITION_FACTOR)
+    return Judged(
         verdict=verdict,
         metric=metric,
         value=value,
         allowed=limit,
-        allowed_source=allowed.source,
-        order=order,
-        candidate_point=candidate_point,
-        mapping=mapping,
-        metrics=dict(measured.as_dict()),
-        positions=(places[0], places[-1]),
-        failing=ranges(p for p, r in zip(places, rows, strict=True) if not r <= allowed.whole)
-        if verdict == "fail"
-        else [],
-        profile=pool(rows),
-        shape=shape,
-        dtypes=dtypes,
+        floor=None,
+        source=allowed.source,
+        needed=needed if math.isfinite(needed) and not measured.nonfinite_mismatch else None,
     )
+
+
+def _beyond(measured: Measurement, allowed: Tolerance | Judged, noise: Noise | None) -> Sequence[bool]:
+    """Which rows are beyond what is allowed of each; those with a NaN or Inf of their own always."""
+    rows = measured.row_rel_l2
+    if noise is None or not isinstance(allowed, Judged):
+        return [not r <= (allowed.whole if isinstance(allowed, Tolerance) else allowed.allowed) for r in rows]
+    flagged = beyond_floor(noise, dtype=allowed.dtype, factor=allowed.factor)
+    return [far or not math.isfinite(r) for far, r in zip(flagged, rows, strict=True)]
 
 
 def ranges(values: Iterable[int]) -> list[tuple[int, int]]:

@@ -43,15 +43,27 @@ def fallback(dtype: str, *, depth: int) -> float:
 
 
 def tolerance_for(
-    dtypes: tuple[str, str], *, depth: int, overrides: Mapping[str, float] | None = None, source: str = ""
+    dtypes: tuple[str, str],
+    *,
+    depth: int,
+    overrides: Mapping[str, float] | None = None,
+    source: str = "",
+    reason: str = "",
 ) -> Tolerance:
-    """The tolerance of a pair of dtypes: the user's override for the coarser one, else the fallback table."""
+    """The tolerance of a pair of dtypes: the user's override for the coarser one, else the fallback table.
+
+    ``reason`` is why there is no noise floor to go by.
+    """
     name = coarser(dtypes)
     if overrides and name in overrides:
-        value = float(overrides[name])
-        return Tolerance(value, value * POSITION_FACTOR, f"tolerance.{name} ({source})")
-    value = fallback(name, depth=depth)
-    return Tolerance(value, value * POSITION_FACTOR, f"fallback table, {name} (no noise floor measured)")
+        return flat(float(overrides[name]), f"tolerance.{name} ({source})")
+    why = f"no noise floor: {reason}" if reason else "no noise floor measured"
+    return flat(fallback(name, depth=depth), f"fallback table, {name} ({why})")
+
+
+def flat(value: float, source: str) -> Tolerance:
+    """The same number for the whole, and ``POSITION_FACTOR`` of it for one position."""
+    return Tolerance(value, value * POSITION_FACTOR, source)
 
 
 def check_overrides(overrides: Mapping[str, object]) -> dict[str, float]:

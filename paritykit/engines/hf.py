@@ -30,7 +30,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import parse_dtype
 from paritykit.engines.features import feature_axes, parameter_names
 from paritykit.engines.kv import CacheReading
-from paritykit.engines.truth import check_wide, let_run, prove_wide
+from paritykit.engines.truth import check_wide, let_run, prove_wide, round_weights
 from paritykit.engines.widen import widened
 from paritykit.errors import EngineError, UsageError
 from paritykit.results import Side
@@ -50,8 +50,9 @@ class HFEngine:
 
     ``dtype`` float64, float32, bfloat16 or float16; ``attn_implementation`` as in transformers, ``eager`` by default;
     ``padding`` ``none`` or ``left``. In float64 the casts to float32 in transformers' code are lifted, so that all
-    of it is float64; ``widen=False`` leaves them. Raises UsageError for a bad argument, EngineError if the model does
-    not load or works in fewer bits all the same.
+    of it is float64; ``widen=False`` leaves them. ``weights_dtype`` rounds the weights as an engine of that dtype does,
+    and computes in ``dtype`` all the same. Raises UsageError for a bad argument, EngineError if the model does not load
+    or works in fewer bits all the same.
     """
 
     capabilities = frozenset({"logits", "decode", "teacher_forcing"})
@@ -66,6 +67,7 @@ class HFEngine:
         padding: str = "none",
         trust_remote_code: bool = False,
         widen: bool = True,
+        weights_dtype: str = "",
     ) -> None:
         if padding not in ("none", "left"):
             raise UsageError(f"padding must be 'none' or 'left', not {padding!r}")
@@ -76,6 +78,7 @@ class HFEngine:
         self._padding = padding
         self._trust = trust_remote_code
         self._widen = widen and self._dtype is torch.float64
+        self._weights = parse_dtype(weights_dtype) if weights_dtype else self._dtype
         self._model: Any = None
 
     def open(self) -> None:
@@ -93,6 +96,7 @@ class HFEngine:
                     let_run(model)
                 if self._widen:
                     prove_wide(model, where=str(self.checkpoint.path))
+            round_weights(model, self._weights)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
             raise EngineError(f"hf cannot load {self.checkpoint.path}: {error}") from error
 
@@ -124,8 +128,13 @@ class HFEngine:
             digest=self.checkpoint.digest,
             attention_backend=self._attention,
             versions={"transformers": transformers.__version__, "torch": str(torch.__version__)},
-            args={"padding": self._padding, **({"widen": str(self._widen)} if self._dtype is torch.float64 else {})},
+            args=self._args(),
         )
+
+    def _args(self) -> dict[str, str]:
+        wide = {"widen": str(self._widen)} if self._dtype is torch.float64 else {}
+        rounded = {"weights_dtype": str(self._weights).removeprefix("torch.")} if self._weights != self._dtype else {}
+        return {"padding": self._padding, **wide, **rounded}
 
     def close(self) -> None:
         """Drop the model."""

@@ -48,6 +48,20 @@ def _generate(model: Any) -> None:
         cache = getattr(model(input_ids=ids, past_key_values=cache, use_cache=True), "past_key_values", None)
 
 
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Round every weight to ``dtype``, stored as it was; those that transformers keeps in float32 stay as they are.
+
+    So a truth has the very weights of an engine in ``dtype``, and what that engine differs by is its arithmetic alone.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and kept.isdisjoint(name.split(".")):
+            weight.copy_(weight.to(dtype))
+
+
 def check_wide(points: Iterable[Point]) -> None:
     """Raises EngineError if a point was recorded in a floating dtype of fewer bits than float64."""
     narrow = [p for p in points if p.dtype in DTYPES and p.dtype != "float64"]

@@ -13,7 +13,7 @@ from paritykit.captures.manifest import CACHE_PORTS, Manifest, split_key
 from paritykit.captures.reader import Capture
 from paritykit.checks.base import LOGITS
 from paritykit.comparison.align import Stretch, overlaps, rule_rows, stretches
-from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices
+from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices, logits_within
 from paritykit.comparison.judge import finding_from
 from paritykit.comparison.metrics import Meter
 from paritykit.comparison.tolerance import Tolerance
@@ -130,7 +130,7 @@ def compare_tokens(scene: Scene) -> Finding | None:
             return Choice(step, *tokens, margin=0.0, error=0.0, sound=False)
         place = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step
         left, right = (view.rows(LOGITS, case, place, place + 1)[0] for view, case in scene.sides())
-        return choice_at(step, tokens, (left, right), scene.allowed(LOGITS))
+        return choice_at(step, tokens, (left, right), sound=logits_within((left, right), scene.allowed(LOGITS)))
 
     flips, text = compare_choices(ours, theirs, weigh, sides=("one run", "the other"), stop=True)
     found = choice_finding(

@@ -16,6 +16,7 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.engines.hf import HFEngine
+from paritykit.engines.truth import round_weights
 from paritykit.errors import EngineError, UnknownNameError, UsageError
 from paritykit.testing import tiny_model
 
@@ -231,3 +232,30 @@ def test_an_architecture_that_nobody_knows(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "no_such_model", "vocab_size": 4}')
     with pytest.raises(EngineError, match="hf cannot load"):
         HFEngine(str(copy)).open()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_rounded_as_another_engine_has_them(engines: Engines, dtype: str) -> None:
+    """Embeddings are then those of bfloat16, and nothing else is rounded to it."""
+    case = [Case(id="a", tokens=TOKENS)]
+    rounded = engines.run("qwen2", case, dtype=dtype, weights_dtype="bfloat16")
+    half = engines.run("qwen2", case, dtype="bfloat16")
+    plain = engines.run("qwen2", case, dtype=dtype)
+    ours, theirs, exact = (c.rows("model.embed_tokens", "a") for c in (rounded, half, plain))
+    assert ours.dtype == getattr(torch, dtype)
+    assert error(ours, theirs) == 0
+    assert error(exact, theirs) > 1e-3
+    norm = rounded.rows("model.layers.0.input_layernorm", "a")
+    assert error(norm, norm.bfloat16()) > 1e-3
+    assert rounded.manifest.side.args["weights_dtype"] == "bfloat16"
+    assert "weights_dtype" not in plain.manifest.side.args
+
+
+def test_weights_that_transformers_keeps_in_float32_are_not_rounded() -> None:
+    model = torch.nn.ModuleDict({"router": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)}).double()
+    model._keep_in_fp32_modules_strict = {"router"}  # type: ignore[assignment]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    round_weights(model, torch.bfloat16)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == name.startswith("router")
+        assert name.startswith("router") or torch.equal(weight, before[name].bfloat16().double())

@@ -1,0 +1,105 @@
+"""The noise floor of a subject's points: truth, twin and candidate brought together, case by case."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+
+from paritykit.captures.reader import Capture
+from paritykit.checks.base import Subject
+from paritykit.comparison.align import own_rows, pairs
+from paritykit.comparison.floor import DEGREES, FACTOR, Judged, beyond_floor, chance, judge_floor
+from paritykit.comparison.measurement import Measurement
+from paritykit.comparison.metrics import Meter
+from paritykit.comparison.noise import Noise
+from paritykit.comparison.policy import Policy
+from paritykit.comparison.spread import SpreadMeter
+from paritykit.mapping.rules import Rule
+
+LAYER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
+FEW = 500.0
+"""A twin of fewer independent numbers may be lucky, and is held together with its neighbours where it matters."""
+
+
+class FloorMeter:
+    """Measures a point's noise beside its metrics, as long as the twin has the rows that it is fed."""
+
+    def __init__(self, twin: Capture | None, *, point: str, case: str) -> None:
+        self._twin, self._point, self._case = twin, point, case
+        self._meter = SpreadMeter()
+
+    def update(self, position: int, truth: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Rows from ``position`` on, ``[tokens, features]`` each."""
+        if self._twin is not None:
+            rows = own_rows(self._twin, self._point, self._case, position, len(truth))
+            if rows is None or rows.shape != truth.shape:
+                self._twin = None
+            else:
+                self._meter.update(truth, rows, candidate)
+
+    def result(self) -> Noise | None:
+        """The noise; None where there is no twin, or it lacks this point or some of its rows."""
+        return self._meter.result() if self._twin is not None else None
+
+
+def judge_point(
+    subject: Subject, rule: Rule, measured: Measurement, noise: Noise, *, policy: Policy | None = None
+) -> Judged:
+    """The floor's verdict on a point; a twin's luck with few numbers is evened out by its neighbours."""
+    dtype = subject.candidate.point(rule.candidate).dtype
+    factor = FACTOR if policy is None or policy.factor is None else policy.factor
+    note = "" if policy is None else policy.note
+    judged = judge_floor(measured, noise, dtype=dtype, factor=factor, note=note)
+    many = noise.even_rows * noise.even_channels >= FEW and noise.twin.whole
+    if judged.verdict == "pass" or judged.metric == "nonfinite_mismatch" or many:
+        return judged
+    pooled = pooled_floor(subject, rule.reference)
+    if pooled <= noise.twin.whole:
+        return judged
+    return judge_floor(measured, noise, dtype=dtype, factor=factor, pooled=pooled, note=note)
+
+
+def pooled_floor(subject: Subject, key: str) -> float:
+    """The twin's error at a point over all cases, or at the same point of the layers before and after it.
+
+    Of these two the smaller: a floor that only grows with depth lends nothing.
+    """
+    found = LAYER.search(key)
+    around = [] if found is None else [LAYER.sub(str(int(found[0]) + n), key, count=1) for n in (-1, 1)]
+    neighbours = [_over_cases(subject, k) for k in around if k in subject.reference.points]
+    return max(_over_cases(subject, key), min(neighbours) if len(neighbours) == 2 else 0.0)
+
+
+def sound_positions(subject: Subject, rule: Rule, case: str) -> dict[int, bool] | None:
+    """For each position whether the candidate's error there is within the noise floor; None without one."""
+    meter, places = FloorMeter(subject.twin, point=rule.reference, case=case), list[int]()
+    for position, left, right in pairs(rule, subject.reference, subject.candidate, case):
+        meter.update(position, left, right)
+        places += range(position, position + len(left))
+    noise = meter.result()
+    if noise is None:
+        return None
+    dtype = subject.candidate.point(rule.candidate).dtype
+    far = beyond_floor(noise, dtype=dtype, factor=FACTOR * chance(min(noise.features, DEGREES)))
+    return {place: not beyond for place, beyond in zip(places, far, strict=True)}
+
+
+def _over_cases(subject: Subject, key: str) -> float:
+    """The root mean square over cases of the twin's relative error."""
+    if key not in subject.twin_errors:
+        found = [e for case in subject.reference.cases if (e := _twin_error(subject, key, case)) is not None]
+        subject.twin_errors[key] = math.sqrt(sum(e * e for e in found) / len(found)) if found else 0.0
+    return subject.twin_errors[key]
+
+
+def _twin_error(subject: Subject, key: str, case: str) -> float | None:
+    meter, point = Meter(), subject.reference.point(key)
+    for span in subject.reference.spans(point, case):
+        rows = [own_rows(c, key, case, span.position, span.length) for c in (subject.reference, subject.twin) if c]
+        if len(rows) < 2 or rows[0] is None or rows[1] is None:
+            return None
+        meter.update(rows[0], rows[1])
+    error = meter.result().rel_l2 if subject.reference.spans(point, case) else math.nan
+    return error if math.isfinite(error) else None

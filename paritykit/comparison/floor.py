@@ -1,0 +1,219 @@
+"""Judging a candidate by the noise floor: its error against the truth beside the error of the reference's own twin.
+
+A correct engine rounds as often as the twin, only elsewhere, so its error is about the twin's. This was measured over
+ten dense tiny families in nano and vLLM, on one and two ranks, and in Transformers against itself (sdpa, batched):
+12,939 points and cases in bfloat16, 9,465 in float32, of 14 to 207 rows. What is judged, how many times the twin's own
+number it reached there, and how many times is allowed, to be multiplied by what chance adds:
+
+====================  =========================================  ========  =======  =======
+number                what it is                                 bfloat16  float32  allowed
+====================  =========================================  ========  =======  =======
+``rel_l2``            the whole error                            1.2       1.5      2
+``typical_rel_l2``    geometric mean of the rows' errors         1.1       1.5      2
+``position_rel_l2``   the worst row                              2.8       2.8      2
+``channel_rel_l2``    the worst channel                          3.3       5.4      2
+``row_scale``         factors of each row's own                  2.0       2.5      2
+``channel_scale``     factors of each channel's own              1.4       1.9      2
+``channel_bias``      offsets of each channel's own              1.5       2.0      2
+``scale``             one constant factor                        2.5       2.7      4
+====================  =========================================  ========  =======  =======
+
+Chance: the logarithm of the ratio of one row's errors scattered by 0.13 to 0.23 over a million rows of 64 to 499
+numbers, whatever their width, as if a row held ``DEGREES`` = 25 independent ones. A ratio of errors that are made of
+``n`` such numbers is allowed ``exp(SIGMAS / sqrt(n))`` more: one chance in three million if that logarithm is normal.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from paritykit.comparison.measurement import Measurement
+from paritykit.comparison.noise import Noise, Spread
+from paritykit.comparison.tolerance import ROUNDING
+from paritykit.results import Verdict
+
+FACTOR = 2.0
+SCALE = 2.0
+"""A constant factor is one number, for which ``LEAST_SCALE`` allows chance; so many times more is allowed beyond it."""
+SIGMAS = 5.0
+DEGREES = 25
+CHANNEL_DEGREES = 64
+"""Independent numbers among the channels, at most: projections on channels scatter less than rows do."""
+PEAKED = 3.0
+"""Squares of a few random numbers are as uneven as if they were three times fewer."""
+LEAST_PART = 0.1
+"""A systematic part of the error is held against this share of the whole at least: kernels have a bent of their own."""
+LEAST_SCALE = 0.025, 5.0
+"""A constant factor: against this share of the whole, or this many standard errors, at least."""
+ULPS = 2.0
+"""Where the reference has no noise, a candidate may be off by as many units in the last place."""
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """A verdict with the number it rests on, the one that is furthest beyond its limit.
+
+    ``floor`` is the twin's number and ``source`` says how ``allowed`` follows from it. ``needed`` is the smallest
+    ``factor`` (or tolerance, where there is no floor) that would pass: None where none would.
+    """
+
+    verdict: Verdict
+    metric: str
+    value: float
+    allowed: float
+    floor: float | None
+    source: str
+    needed: float | None = None
+    factor: float = FACTOR
+    dtype: str = "float32"
+
+
+class Guard(msgspec.Struct, frozen=True):
+    """One number of the candidate's, the twin's, and how many times that is allowed at factor 1."""
+
+    metric: str
+    value: float
+    floor: float
+    chance: float
+
+
+def judge_floor(
+    measured: Measurement,
+    noise: Noise,
+    *,
+    dtype: str,
+    factor: float = FACTOR,
+    pooled: float = 0.0,
+    note: str = "",
+) -> Judged:
+    """Whether the candidate is as near the truth as the twin is, within ``factor`` and chance.
+
+    ``dtype`` is what the candidate stores the point in: half a unit in its last place is the least floor there is.
+    ``pooled`` is the noise floor of neighbouring points, for a twin that was lucky at this one; ``note`` says where
+    ``factor`` came from.
+    """
+    if measured.nonfinite_mismatch:
+        return Judged(
+            verdict="fail",
+            metric="nonfinite_mismatch",
+            value=float(measured.nonfinite_mismatch),
+            allowed=0.0,
+            floor=None,
+            source="no NaN or Inf that the reference has not",
+            factor=factor,
+            dtype=dtype,
+        )
+    if not noise.twin.whole and not pooled:
+        return _exact(measured, dtype)
+    least = max(half_ulp(dtype), pooled)
+    found = list(guards(noise, least=least))
+    worst = max(found, key=_beyond)
+    failed = not _beyond(worst) <= factor
+    shown = worst if failed else found[0]
+    return Judged(
+        verdict="fail" if failed else "pass",
+        metric=shown.metric,
+        value=shown.value,
+        allowed=factor * shown.chance * shown.floor,
+        floor=shown.floor,
+        source=_source(shown, factor=factor, lifted=least > noise.twin.whole, pooled=pooled)
+        + (f"; {note}" if note else ""),
+        needed=_beyond(worst) if math.isfinite(_beyond(worst)) else None,
+        factor=factor,
+        dtype=dtype,
+    )
+
+
+def half_ulp(dtype: str) -> float:
+    """Relative error, as a root mean square, of rounding once to ``dtype``.
+
+    An error is uniform within half a unit u, so u / sqrt(12), and numbers are some 1.5 of the power of two that has u.
+
+    >>> round(half_ulp("bfloat16"), 5)
+    0.0015
+    """
+    return 2 * ROUNDING.get(dtype, ROUNDING["bfloat16"]) / (1.5 * math.sqrt(12))
+
+
+def chance(numbers: float) -> float:
+    """How far beyond equal two errors may be by chance, if each is made of ``numbers`` independent numbers.
+
+    >>> round(chance(25), 2), round(chance(10000), 2)
+    (2.72, 1.05)
+    """
+    return math.exp(SIGMAS / math.sqrt(max(numbers, 1.0)))
+
+
+def guards(noise: Noise, *, least: float) -> Iterator[Guard]:
+    """Every number that is judged, ``rel_l2`` first; ``least`` is the smallest noise floor to go by."""
+    twin, candidate = noise.twin, noise.candidate
+    whole = max(twin.whole, least)
+    lift = whole / twin.whole if twin.whole else 1.0
+    rows, channels = noise.even_rows, noise.even_channels
+    wide, tall = min(PEAKED * channels, noise.features, DEGREES), min(rows, DEGREES)
+    yield Guard("rel_l2", candidate.whole, whole, chance(rows * wide))
+    yield Guard("typical_rel_l2", *_typical(twin, candidate, least=least), chance(noise.rows * wide))
+    yield _worst("position_rel_l2", candidate.row, twin.row, lift=lift, least=least, numbers=wide)
+    yield _worst("channel_rel_l2", candidate.channel, twin.channel, lift=lift, least=least, numbers=tall)
+    for metric, numbers, share in (
+        ("row_scale", rows, 1 / math.sqrt(channels)),
+        ("channel_scale", min(channels, CHANNEL_DEGREES), 1 / math.sqrt(rows)),
+        ("channel_bias", min(channels, CHANNEL_DEGREES), 1 / math.sqrt(rows)),
+    ):
+        floor = max(getattr(twin, metric) * lift, max(share, LEAST_PART) * whole)
+        yield Guard(metric, getattr(candidate, metric), floor, chance(numbers))
+    share = max(LEAST_SCALE[0], LEAST_SCALE[1] / math.sqrt(rows * channels))
+    yield Guard("scale", abs(candidate.scale), max(abs(twin.scale) * lift, share * whole), SCALE * chance(rows * wide))
+
+
+def _typical(twin: Spread, candidate: Spread, *, least: float) -> tuple[float, float]:
+    """Geometric means of both sides' rows, none of them taken for less than ``least``."""
+    ours, theirs = (math.exp(sum(math.log(max(v, least)) for v in s.row) / len(s.row)) for s in (candidate, twin))
+    return ours, theirs
+
+
+def _worst(
+    metric: str, ours: Sequence[float], theirs: Sequence[float], *, lift: float, least: float, numbers: float
+) -> Guard:
+    """The row or channel furthest beyond its own floor, which is the twin's there, or at the median one."""
+    typical = max(sorted(theirs)[len(theirs) // 2] * lift, least)
+    floors = [max(v * lift, typical) for v in theirs]
+    at = max(range(len(ours)), key=lambda n: ours[n] / floors[n])
+    return Guard(metric, ours[at], floors[at], chance(numbers))
+
+
+def beyond_floor(noise: Noise, *, dtype: str, factor: float = FACTOR) -> list[bool]:
+    """For each row whether the candidate's error there is beyond ``factor`` times the floor."""
+    least = max(half_ulp(dtype), sorted(noise.twin.row)[noise.rows // 2])
+    return [not c <= factor * max(w, least) for c, w in zip(noise.candidate.row, noise.twin.row, strict=True)]
+
+
+def _beyond(guard: Guard) -> float:
+    """The factor at which a guard is just kept."""
+    allowed = guard.chance * guard.floor
+    return guard.value / allowed if allowed else (math.inf if guard.value else 0.0)
+
+
+def _exact(measured: Measurement, dtype: str) -> Judged:
+    """A point where the reference makes no error: so may a candidate not, but for a few units in the last place."""
+    limit = 2 * half_ulp(dtype)
+    source = f"the reference has no noise here: {ULPS:g} ULP of {dtype}"
+    if measured.max_ulp > ULPS or measured.rel_l2 <= limit:
+        failed, numbers = measured.max_ulp > ULPS, ("max_ulp", measured.max_ulp, ULPS)
+    else:
+        failed, numbers = True, ("rel_l2", measured.rel_l2, limit)
+        source = f"the reference has no noise here: 2 x half an ULP of {dtype}"
+    metric, value, allowed = numbers
+    verdict: Verdict = "fail" if failed else "pass"
+    return Judged(verdict=verdict, metric=metric, value=value, allowed=allowed, floor=0.0, source=source, dtype=dtype)
+
+
+def _source(guard: Guard, *, factor: float, lifted: bool, pooled: float) -> str:
+    times, more = (SCALE, guard.chance / SCALE) if guard.metric == "scale" else (1.0, guard.chance)
+    text = f"{factor * times:g} x noise floor"
+    if lifted:
+        text += " of its neighbours" if pooled else " (half an ULP)"
+    return f"{text}, {more:.2g} x for chance" if more >= 1.1 else text

@@ -1,0 +1,92 @@
+"""A twin's and a candidate's errors against the truth: the numbers that the floor's judge goes by. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+
+import msgspec
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """One side's error ``e`` against the truth ``t``, ``[rows, features]``; all shares are of the truth's norm.
+
+    Where the whole truth is zero, its norm, and that of each row and channel, is taken for 1.
+
+    - ``whole``: ``||e|| / ||t||``.
+    - ``scale``: ``<e, t> / <t, t>``, signed: the constant factor in the error.
+    - ``row_scale``, ``channel_scale``: what of ``e`` is a factor of each row's own, or of each channel's;
+      ``channel_bias`` what is an offset of each channel's own. These are norms of projections of ``e``: where ``e`` is
+      random, their squares are about 1 / features, 1 / rows and 1 / rows of that of ``whole``.
+    - ``sigma``: standard deviation of the elements of ``e`` over the root mean square of those of ``t``.
+    - ``row``: for each row its ``||e||`` over its ``||t||``, or over a tenth of the median row's where that is more.
+    - ``channel``: for each channel the same, over half of the median channel's where that is more.
+    """
+
+    whole: float
+    scale: float
+    row_scale: float
+    channel_scale: float
+    channel_bias: float
+    sigma: float
+    row: array[float]
+    channel: array[float]
+
+
+class Noise(msgspec.Struct, frozen=True, kw_only=True):
+    """Twin and candidate against the truth, at one point of one case.
+
+    ``even_rows`` and ``even_channels`` say over how many of them energy is spread: ``sum(q) ** 2 / sum(q ** 2)`` of
+    their energies ``q``, all of them where these are equal and 1 where one has it all (an attention sink). Of the
+    truth's energy or the twin's error's, whichever is spread over fewer.
+    """
+
+    rows: int
+    features: int
+    even_rows: float
+    even_channels: float
+    twin: Spread
+    candidate: Spread
+
+    @property
+    def ratio(self) -> float:
+        """The candidate's whole error over the twin's: 1 for 0/0, infinite for x/0."""
+        return divide(self.candidate.whole, self.twin.whole)
+
+    @property
+    def sigma_ratio(self) -> float:
+        """The same of the spread of single elements, whatever they are off by on average."""
+        return divide(self.candidate.sigma, self.twin.sigma)
+
+    @property
+    def typical_ratio(self) -> float:
+        """Geometric mean over rows of the candidate's error over the twin's; rows where a side is exact left out."""
+        pairs = [(c, w) for c, w in zip(self.candidate.row, self.twin.row, strict=True) if c > 0 and w > 0]
+        return math.exp(sum(math.log(c / w) for c, w in pairs) / len(pairs)) if pairs else 1.0
+
+    @property
+    def overlap(self) -> float:
+        """How much the distributions of both sides' row errors overlap, in [0, 1]: one less the Kolmogorov distance.
+
+        For two distributions whose densities cross once it is the common area of both.
+        """
+        ours, theirs = sorted(self.twin.row), sorted(self.candidate.row)
+        gaps = (abs(bisect_right(ours, v) - bisect_right(theirs, v)) for v in (*ours, *theirs))
+        return 1.0 - max(gaps, default=0) / max(self.rows, 1)
+
+    def as_dict(self) -> dict[str, float]:
+        """The numbers that are shown beside a candidate's metrics."""
+        return {
+            "floor_ratio": self.ratio,
+            "sigma_ratio": self.sigma_ratio,
+            "typical_ratio": self.typical_ratio,
+            "overlap": self.overlap,
+        }
+
+
+def divide(value: float, over: float, *, empty: float = 1.0) -> float:
+    """``value / over``; ``empty`` for 0/0, infinite for x/0."""
+    if over == 0:
+        return math.inf if value else empty
+    return value / over
