@@ -43,6 +43,7 @@ class Plan:
     engine_args: dict[str, Any] = field(default_factory=dict)
     reference_args: dict[str, Any] = field(default_factory=dict)
     rules: list[UserRule] | None = None
+    explain: bool = True
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -60,6 +61,7 @@ class Plan:
             rules=self.rules,
             progress=progress,
             vary=self.varied_engine,
+            explain=self.explain,
         )
 
     def varied_engine(self, arguments: dict[str, Any]) -> Any:
@@ -110,6 +112,7 @@ def make_plan(
     reference_args: Mapping[str, Any] | None = None,
     tensor_parallel_size: int = 1,
     map_file: str | os.PathLike[str] | None = None,
+    explain: bool = True,
 ) -> Plan:
     """Check every name and read every file. Raises UsageError, with the nearest names where one is wrong."""
     config = load_config(given)
@@ -137,6 +140,7 @@ def make_plan(
         engine_args=dict(engine_args or {}),
         reference_args=dict(reference_args or {}),
         rules=None if map_file is None else read_rules(map_file),
+        explain=explain,
     )
 
 

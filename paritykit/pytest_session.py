@@ -48,6 +48,7 @@ def plan_from_options(model: str, option: Callable[[str], Any], *, cases: Iterab
         engine_args=parse_engine_args(option("--parity-engine-arg")),
         tensor_parallel_size=option("--parity-tensor-parallel-size"),
         map_file=option("--parity-map"),
+        explain=not option("--parity-no-explain"),
     )
 
 
@@ -68,6 +69,7 @@ class ParitySession:
             checkpoint=plan.checkpoint,
             rules=plan.rules,
             vary=plan.varied_engine,
+            explain=plan.explain,
         )
         self._coverage: dict[str, Coverage] = {}
         self._findings: list[Finding] = []
@@ -89,7 +91,8 @@ class ParitySession:
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
-        return self._keep(name, Answer(coverage=check.cover(subject), findings=check.run(subject, case)))
+        findings = self._session.explain(check.run(subject, case))
+        return self._keep(name, Answer(coverage=check.cover(subject), findings=findings))
 
     def hold(self, name: str, cases: CaseSet) -> Results:
         """Run a check of invariance on cases of its own; nothing is kept for the report but a failure.

@@ -88,6 +88,23 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Local(msgspec.Struct, frozen=True, kw_only=True):
+    """A point's error where its module ran on the reference's own values, judged like any other.
+
+    ``level`` is how deep the reference's values went: into ``layers``, ``blocks`` or ``leaves``. ``culprit``: beyond
+    what is allowed, and nothing before or inside it explains that. Verdict ``error``, with ``message``: not measured.
+    """
+
+    verdict: Verdict
+    level: str = ""
+    metric: str = ""
+    value: float | None = None
+    allowed: float | None = None
+    allowed_source: str = ""
+    culprit: bool = False
+    message: str = ""
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     """One judged fact: one point (or one question) of one case.
 
@@ -95,7 +112,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     the reference's execution order; ``located`` the module to blame where it differs from the point that shows it.
     ``profile`` is the relative error per position, pooled to at most 64 numbers, ``positions`` the first and last
     position and ``failing`` the position ranges (inclusive) that are beyond tolerance. ``condition`` says how the
-    engine ran, where a check holds it against itself.
+    engine ran, where a check holds it against itself. ``local`` is its error on the reference's own values, where the
+    modules were replayed.
     """
 
     check: str
@@ -121,6 +139,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     profile: list[float | None] = []
     shape: list[int] = []
     dtypes: tuple[str, str] | None = None
+    local: Local | None = None
 
 
 class WeightRow(msgspec.Struct, frozen=True, kw_only=True, tag="weight"):
@@ -153,7 +172,10 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
-    """Last record: the verdict and its counts. A file without it is an unfinished run."""
+    """Last record: the verdict and its counts. A file without it is an unfinished run.
+
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    """
 
     verdict: Verdict
     compared: int
@@ -163,6 +185,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     errors: int = 0
     inconclusive: int = 0
     first_divergence: Divergence | None = None
+    culprits: list[Divergence] = []
     causes: list[Cause] = []
     checks: dict[str, Verdict] = {}
     message: str = ""

@@ -31,11 +31,14 @@ from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, run_record
+from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 
 
 class Session:
     """Two engines on the same cases. Captures are made on first need, the reference's first, one engine at a time.
+
+    With ``explain`` modules are replayed where a case fails.
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it.
     """
@@ -51,7 +54,9 @@ class Session:
         rules: list[UserRule] | None = None,
         progress: Progress | None = None,
         vary: Make | None = None,
+        explain: bool = True,
     ) -> None:
+        self._explain = explain
         self._checkpoint = checkpoint
         self._pool = None if vary is None else EnginePool(vary)
         self.config = config or load_config()
@@ -132,6 +137,7 @@ class Session:
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
+        findings = self.explain(findings)
         return assemble(
             self.run_record(names, command=command),
             coverage=[a.coverage for a in answers] + coverage,
@@ -141,6 +147,15 @@ class Session:
             config=self.config,
             seconds=time.monotonic() - started,
         )
+
+    def explain(self, findings: list[Finding]) -> list[Finding]:
+        """``findings`` with local errors where they fail: see ``paritykit.replays``. None if it was not wanted."""
+        failing = any(f.verdict == "fail" for f in findings)
+        return self._replays.explain(findings) if self._explain and failing else findings
+
+    @cached_property
+    def _replays(self) -> Replays:
+        return Replays(self.subject, self._opened_engine("candidate"), progress=self._progress)
 
     def answer(self, check: ModelCheck) -> Answer:
         """What a model check finds; that it was skipped, where there is not what it needs."""

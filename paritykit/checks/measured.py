@@ -15,16 +15,17 @@ from paritykit.mapping.rules import Rule
 from paritykit.results import Finding
 
 
-def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Finding:
+def measure_point(subject: Subject, rule: Rule, case: str, *, check: str, depth: int | None = None) -> Finding:
     """The finding for one rule and case.
 
+    ``depth`` is how many points were computed since the input was right, the point's place in execution order if None.
     Verdict ``error`` where the candidate lacks rows that the reference has, ``skip`` where the reference has none.
     """
     reference, candidate = subject.reference, subject.candidate
     ours, theirs = reference.point(rule.reference), candidate.point(rule.candidate)
     dtypes = (ours.dtype, theirs.dtype)
     order = subject.graph.order(rule.reference)
-    allowed = subject.allowed(dtypes, order=order)
+    allowed = subject.allowed(dtypes, order=order if depth is None else depth)
     meter, places = Meter(element_tolerance=allowed.whole), list[int]()
     for position, left, right in pairs(rule, reference, candidate, case):
         meter.update(left, right)

@@ -25,6 +25,7 @@ CAPABILITIES = {
     "prefix_caching": "takes ``enable_prefix_caching``",
     "batch_invariant": "promises the same bits for a case alone and in a batch",
     "poison": "has ``poison_cache(value)``, which fills the whole KV cache between runs",
+    "replay": "its ``run`` takes ``feed``, a ``paritykit.captures.feed.Feed`` that it carries out",
     "ledger": "has ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank as it was opened",
 }
 """What an engine may be capable of."""
@@ -34,8 +35,8 @@ CAPABILITIES = {
 class Engine(Protocol):
     """An engine, opened once, run many times, closed for good. ``capabilities`` are some of ``CAPABILITIES``.
 
-    Optional beside them: ``replay(module, *inputs)``, what one module gives for given inputs; ``parameters()``, every
-    rank's parameters by name; ``load_weights(folder)``, other weights of the same shapes.
+    Optional beside them: ``parameters()``, every rank's parameters by name; ``load_weights(folder)``, other weights of
+    the same shapes.
     """
 
     capabilities: frozenset[str]

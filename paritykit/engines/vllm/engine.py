@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from paritykit.captures.feed import Feed, fully_fed
+from paritykit.captures.feeder import check_feed
 from paritykit.captures.manifest import Manifest
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
@@ -60,6 +62,7 @@ class VllmEngine:
             "pipeline_parallel",
             "poison",
             "prefix_caching",
+            "replay",
             "teacher_forcing",
             "tensor_parallel",
         }
@@ -115,13 +118,24 @@ class VllmEngine:
         self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
         self._ledgers = [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``: every rank writes its own tensors, straight from its hooks."""
+        if feed is not None:
+            check_feed(feed, cases)
         with CaptureFolder(out) as folder:
             orders = Orders(
                 folder=str(folder.path),
                 points=None if points.patterns is None else list(points.patterns),
-                cases=[CaseOrder(len(c.tokens), list(c.forced), c.positions) for c in cases],
+                cases=[CaseOrder(len(c.tokens), list(c.forced), c.positions, c.id) for c in cases],
+                feed=feed,
             )
             generated, outcomes = self._recorded(orders, cases, progress)
             for rank, outcome in enumerate(outcomes):
@@ -131,6 +145,8 @@ class VllmEngine:
                 generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
             facts = {**merge_facts(self._facts), "landings": landings}
+            if feed is not None:
+                facts["fed"] = fully_fed(feed, [o.part for o in outcomes])
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
 
