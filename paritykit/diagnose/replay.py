@@ -126,7 +126,7 @@ class Descent:
         found = {}
         for s in self._suspicions:
             inner = (o for o in self._suspicions if o.level > s.level and o.place[0] == s.place[0])
-            if not (s.opened and any(_within(o.blamed, s.blamed) for o in inner)):
+            if not (s.opened and any(_within(split_key(o.place[1])[0], s.blamed) for o in inner)):
                 found[s.place] = s.blamed
         return found
 

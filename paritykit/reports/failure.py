@@ -6,14 +6,17 @@ from paritykit.reports.wording import (
     ORIGINS,
     WORDS,
     count,
+    culprits,
     extent,
     first_finding,
     headline,
     headroom,
     inherited_after,
     link_to,
+    local,
     measured,
     number,
+    origin,
     repro,
     shorten,
     side_name,
@@ -62,6 +65,7 @@ def fields_of(results: Results) -> list[Field]:
     if first is not None:
         found += _where(first, first_finding(results))
         found += [("cause", cause_text(c)) for c in results.summary.causes[:3]]
+        found += culprits(results)
         after = inherited_after(results)
         if after:
             found.append(("after", f"{count(after, 'later point')} {'is' if after == 1 else 'are'} inherited"))
@@ -83,8 +87,8 @@ def closest(results: Results) -> list[Field]:
 
 
 def _where(first: Divergence, finding: Finding | None) -> list[Field]:
-    origin = f"    {ORIGINS[first.origin]}" if first.origin and first.case else ""
-    found = [("first divergence", shorten(first.point, LIMIT) + origin)]
+    words = origin(finding) if finding is not None else ORIGINS.get(first.origin or "", "")
+    found = [("first divergence", shorten(first.point, LIMIT) + (f"    {words}" if words and first.case else ""))]
     if finding is None:
         return found
     if finding.point != first.point:
@@ -93,6 +97,8 @@ def _where(first: Divergence, finding: Finding | None) -> list[Field]:
         found.append(("compared with", shorten(finding.mapping or finding.candidate_point, LIMIT)))
     if finding.metric:
         found.append((finding.metric, judged(finding)))
+    if finding.local is not None:
+        found.append(("local", shorten(local(finding), LIMIT)))
     if finding.message:
         found.append(("detail", shorten(finding.message, LIMIT)))
     if extent(finding):

@@ -10,14 +10,16 @@ from paritykit.reports.failure import cause_text
 from paritykit.reports.html.columns import spread
 from paritykit.reports.html.rows import LABELS, LETTERS, Row
 from paritykit.reports.wording import (
-    ORIGINS,
+    culprits,
     extent,
     first_finding,
     headroom,
     inherited_after,
     link_to,
+    local,
     measured,
     number,
+    origin,
     shorten,
     source,
     worst_finding,
@@ -103,11 +105,13 @@ def _facts(results: Results, finding: Finding | None, point: str) -> list[tuple[
     where = " / ".join(part for part in (at.check, at.case) if part) if at else ""
     facts = [
         ("where", where),
-        ("origin", ORIGINS[first.origin] if first and first.origin else ""),
+        ("origin", origin(finding) if first and finding else ""),
         ("seen at", finding.point if finding and finding.point != point else ""),
+        ("local", local(finding) if finding else ""),
         ("extent", extent(finding) if finding else ""),
         ("detail", finding.message if finding else ""),
         *(("cause", cause_text(cause)) for cause in causes[:2]),
+        *culprits(results),
         ("after", f"{inherited_after(results):,} later points are inherited" if inherited_after(results) else ""),
     ]
     ratio = headroom(finding) if finding and not first else None
