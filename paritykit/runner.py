@@ -149,7 +149,7 @@ class Session:
         )
 
     def explain(self, findings: list[Finding]) -> list[Finding]:
-        """``findings`` with local errors where they fail: see ``paritykit.replays``. None if it was not wanted."""
+        """``findings`` with local errors where they fail, see ``paritykit.replays``; as they are if not wanted."""
         failing = any(f.verdict == "fail" for f in findings)
         return self._replays.explain(findings) if self._explain and failing else findings
 
@@ -331,9 +331,11 @@ def compare_captures(
     rules: list[UserRule] | None = None,
     command: list[str] | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
+    ``engine`` is the candidate, opened to replay modules where a case fails.
     Raises UsageError if they do not hold the same tokens.
     """
     config = config or load_config()
@@ -347,6 +349,12 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
+    if engine is not None and any(f.verdict == "fail" for f in findings):
+        try:
+            engine.open()
+            findings = Replays(subject, engine, progress=progress).explain(findings)
+        finally:
+            engine.close()
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 

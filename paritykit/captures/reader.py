@@ -113,7 +113,7 @@ class Capture:
         return tensor
 
     def part(self, piece: Piece, row: int, length: int) -> torch.Tensor:
-        """``length`` rows of ``piece`` from ``row``, ``[tokens, ...]``: nothing else is read, nor looked at for damage."""
+        """``length`` rows of ``piece`` from ``row``, ``[tokens, ...]``; only these are read, no digest is checked."""
         try:
             tensor: torch.Tensor = self._handle(piece).get_slice(piece.name)[row : row + length]
         except (SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from paritykit.captures.feed import Feed, FedPoint, Fill
+from paritykit.captures.feed import FedPoint, Feed, Fill
 from paritykit.captures.manifest import Manifest, leading_points, split_key
 from paritykit.mapping.rules import Block, Rule
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.wording import (
     ORIGINS,
     WORDS,
     count,
-    culprits,
     extent,
     first_finding,
     headline,
     headroom,
     inherited_after,
     link_to,
-    local,
     measured,
     number,
-    origin,
     repro,
     shorten,
     side_name,

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from paritykit.errors import UnknownNameError
 from paritykit.reports.failure import Field, cause_text, failure_text, fields_of, gap_lists, judged, next_steps
-from paritykit.reports.wording import WORDS, extent, headline, local, number, origin, shorten, side_name, state
+from paritykit.reports.replayed import local, origin
+from paritykit.reports.wording import WORDS, extent, headline, number, shorten, side_name, state
 from paritykit.results import Finding, Results
 
 __all__ = ["failure_text", "print_summary", "render", "show_point"]

@@ -22,13 +22,6 @@ ORIGINS = {
     "introduced": "introduced here (its input is within tolerance)",
     "inherited": "inherited (its input is already beyond tolerance)",
 }
-REPLAYED = {
-    "introduced": "introduced here (wrong on the reference's own values)",
-    "inherited": "inherited (right on the reference's own values)",
-}
-"""The same where the module was replayed."""
-EXPLAINED = "inherited (what is wrong is before or inside it)"
-ADDS_UP = "none: on the reference's own values every module is within tolerance, so small differences add up"
 _LAYER = re.compile(r"\.(\d{1,9})(?=[.#]|$)")
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _NARROWED = {"--check", "--case", "--jsonl", "--html", "--markdown", "--junit"}
@@ -61,48 +54,6 @@ def measured(finding: Finding) -> str:
     if finding.value is None and finding.metric and finding.verdict == "fail":
         return "not finite"
     return number(finding.value)
-
-
-def origin(finding: Finding) -> str:
-    """Who brought the failure about, and how that is known; empty where nobody asked."""
-    if finding.origin is None:
-        return ""
-    if finding.local is None or finding.local.verdict == "error":
-        return ORIGINS[finding.origin]
-    if finding.origin == "inherited" and finding.local.verdict != "pass":
-        return EXPLAINED
-    return REPLAYED[finding.origin]
-
-
-def local(finding: Finding) -> str:
-    """The error on the reference's own values beside what was allowed; empty where it was not asked for."""
-    found = finding.local
-    if found is None:
-        return ""
-    if not found.metric:
-        return f"not measured: {found.message}"
-    value = "not finite" if found.value is None else number(found.value)
-    words = f"{found.metric} {value}   allowed {number(found.allowed)}"
-    return f"{words}   on the reference's own values, {found.level}"
-
-
-def culprits(results: Results) -> list[tuple[str, str]]:
-    """Modules that are wrong by themselves beside the first divergence, as labelled lines: at most two.
-
-    One line says so where modules were replayed and none is.
-    """
-    found, first = results.summary.culprits, results.summary.first_divergence
-    measured = any(f.local is not None and f.local.verdict != "error" for f in results.findings)
-    if not found:
-        return [("culprits", ADDS_UP)] if measured and state(results) == "fail" else []
-    others = [c for c in found if first is None or c.point != first.point]
-    places = {(f.check, f.case, f.point): f for f in results.findings}
-    lines = [(c.point, places.get((c.check, c.case, c.seen_at))) for c in others]
-    shown = [("also wrong", f"{shorten(name, 200)}    {local(f)}" if f else name) for name, f in lines]
-    if len(shown) > 2:
-        rest = ", ".join(shorten(c.point, 200) for c in others[1:])
-        shown[1:] = [("also wrong", f"{len(others) - 1} more: {shorten(rest, 400)}")]
-    return shown
 
 
 def source(finding: Finding) -> str:

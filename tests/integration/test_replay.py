@@ -40,10 +40,9 @@ SHOWN_BY_NO_POINT = ("batch-rows-mixed-up",)
 EVERYWHERE = ("kv-scale-unread",)
 """Its condition, a cache in fp8, is beyond float32's tolerance in every layer by itself."""
 IN_CI = {
-    "rope-theta": "qwen2", "norm-eps": "gemma2", "attention-scale": "mistral", "gate-up-swapped": "gemma3",
-    "residual-dropped": "llama", "embedding-scale-missing": "gemma3", "norm-of-keys-skipped": "gemma3",
-    "experts-scale": "mixtral", "head-permuted": "qwen2", "logits-scaled": "gemma2", "kv-write-lost": "llama_tied",
-    "position-shift-in-decode": "qwen2", "layer-skipped": "mistral",
+    "rope-theta": "qwen2", "norm-eps": "gemma2", "gate-up-swapped": "gemma3", "residual-dropped": "mistral",
+    "embedding-scale-missing": "gemma3", "experts-scale": "mixtral", "head-permuted": "qwen2",
+    "logits-scaled": "gemma2", "position-shift-in-decode": "qwen2",
 }  # fmt: skip
 
 
@@ -93,6 +92,7 @@ SEVERAL: dict[str, tuple[str, list[Planted]]] = {
     "both ends": ("mistral", [("embedding-rows-shifted", 0), ("attention-scale", 2), ("head-permuted", 0)]),
     "experts": ("mixtral", [("experts-scale", 0), ("experts-swapped", 1), ("residual-dropped-after-mlp", 2)]),
 }
+SEVERAL_IN_CI = [("alone", name) for name in ("three layers", "one block", "experts")]
 PARALLEL: dict[str, dict[str, Any]] = {
     "alone": {"max_num_batched_tokens": 16},
     "two ranks": {"tensor_parallel_size": 2},
@@ -104,7 +104,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 def several() -> list[Any]:
     deep = [pytest.mark.deep]
     return [
-        pytest.param(faults, way, id=f"{faults}, {way}", marks=[] if way == "alone" else deep)
+        pytest.param(faults, way, id=f"{faults}, {way}", marks=[] if (way, faults) in SEVERAL_IN_CI else deep)
         for way in PARALLEL
         for faults in SEVERAL
     ]
@@ -159,7 +159,7 @@ workloads = st.lists(
 
 
 @given(cases=workloads, name=st.sampled_from(["qwen2", "gemma3", "mixtral"]), data=st.data())
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 def test_a_right_engine_gives_what_the_reference_gives_on_every_level(
     ground: Ground, cases: list[pk.Case], name: str, data: st.DataObject
 ) -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from paritykit.captures.feed import FedPoint, Feed, Fill, fully_fed
 from paritykit.captures.feeder import Feeder, check_feed, make_feeder
-from paritykit.captures.manifest import Manifest, Part, Segment
+from paritykit.captures.manifest import Manifest, Segment
+from paritykit.captures.manifest import Part as Written
 from paritykit.captures.reader import Capture
 from paritykit.case import Case
 from paritykit.errors import CaptureFormatError, UnknownNameError, UsageError
 from paritykit.mapping.feeding import can_feed, make_feed
-from paritykit.mapping.rules import Block, Rule, fused_blocks
+from paritykit.mapping.rules import Block, Part, Rule, fused_blocks
 from paritykit.mapping.transform import apply_rule
 from tests.made import manifest, points, side, write_capture
 from tests.unit.test_mapping_transform import loaded, merged, qkv
@@ -29,9 +30,9 @@ CASES = [Case(id="a", tokens=(1, 2, 3, 4), new_tokens=4), Case(id="b", tokens=(9
 
 @given(qkv() | merged())
 @settings(deadline=None, max_examples=100)
-def test_every_rank_is_fed_what_it_would_hold(layout: object) -> None:
+def test_every_rank_is_fed_what_it_would_hold(layout: tuple[list[Part], int]) -> None:
     """The parts of a fused tensor, those that several ranks hold included."""
-    parts, ranks = layout  # type: ignore[misc]
+    parts, ranks = layout
     wholes, held = loaded(parts, ranks)
     theirs = Manifest(side=side(), cases=[], points=points({"fused": sum(p.local for p in parts)}, ranks=ranks))
     ours = manifest({f"part{n}": p.total for n, p in enumerate(parts)})
@@ -215,8 +216,8 @@ def test_a_point_is_fed_where_all_its_ranks_say_so() -> None:
     feed = Feed(
         "ref", (FedPoint("y", 0, fills), FedPoint("y", 1, fills), FedPoint("z", 1, fills), FedPoint("w", 2, fills))
     )
-    assert fully_fed(feed, [Part(fed=["y"]), Part(fed=["y", "z", "w"])]) == ["y", "z"]
-    assert fully_fed(feed, [Part(), Part(fed=["y", "z"])]) == ["z"]
+    assert fully_fed(feed, [Written(fed=["y"]), Written(fed=["y", "z", "w"])]) == ["y", "z"]
+    assert fully_fed(feed, [Written(), Written(fed=["y", "z"])]) == ["z"]
 
 
 def test_a_fed_point_reads_back_through_its_rule(reference: Capture) -> None:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from paritykit.reports.html.rows import STATUSES, Row
-from paritykit.reports.wording import layer, local, origin
+from paritykit.reports.replayed import local, origin
+from paritykit.reports.wording import layer
 from paritykit.results import Finding
 
 CHUNK = 250

@@ -9,17 +9,15 @@ from urllib.parse import quote
 from paritykit.reports.failure import cause_text
 from paritykit.reports.html.columns import spread
 from paritykit.reports.html.rows import LABELS, LETTERS, Row
+from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.wording import (
-    culprits,
     extent,
     first_finding,
     headroom,
     inherited_after,
     link_to,
-    local,
     measured,
     number,
-    origin,
     shorten,
     source,
     worst_finding,
