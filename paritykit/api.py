@@ -186,8 +186,12 @@ def compare(
     candidate: Capture | str | os.PathLike[str],
     checks: Iterable[str] | None = None,
     map_file: str | os.PathLike[str] | None = None,
+    engine: Any = None,
 ) -> ParityRun:
-    """Compare two captures, or the folders they are in. Raises UsageError if they cannot be compared."""
+    """Compare two captures, or the folders they are in. Raises UsageError if they cannot be compared.
+
+    With ``engine``, the candidate as it was captured, modules are replayed where a case fails: it is opened for that.
+    """
     rules = read_rules(map_file) if map_file is not None else None
     ours, theirs = (c if isinstance(c, Capture) else Capture.open(Path(c)) for c in (reference, candidate))
-    return ParityRun(compare_captures(ours, theirs, checks=checks, rules=rules))
+    return ParityRun(compare_captures(ours, theirs, checks=checks, rules=rules, engine=engine))

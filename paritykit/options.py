@@ -44,6 +44,7 @@ RUN_OPTIONS = (
         "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."
     ),
     _file("--map", "TOML file with mapping rules."),
+    click.option("--no-explain", is_flag=True, help="Do not replay modules of failing cases to find the culprits."),
     *CASES,
 )
 CAPTURE_OPTIONS = (

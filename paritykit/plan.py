@@ -46,6 +46,7 @@ class Plan:
     reference_args: dict[str, Any] = field(default_factory=dict)
     rules: list[UserRule] | None = None
     map_file: str = ""
+    explain: bool = True
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -65,6 +66,7 @@ class Plan:
             progress=progress,
             vary=partial(self.varied_engine, hosts=hosts),
             closing=hosts.stop,
+            explain=self.explain,
         )
 
     def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
@@ -176,6 +178,7 @@ def make_plan(
     reference_args: Mapping[str, Any] | None = None,
     tensor_parallel_size: int = 1,
     map_file: str | os.PathLike[str] | None = None,
+    explain: bool = True,
 ) -> Plan:
     """Check every name and read every file. Raises UsageError, with the nearest names where one is wrong."""
     config = load_config(given)
@@ -204,6 +207,7 @@ def make_plan(
         reference_args=dict(reference_args or {}),
         rules=None if map_file is None else read_rules(map_file),
         map_file="" if map_file is None else str(map_file),
+        explain=explain,
     )
 
 

@@ -56,6 +56,7 @@ def plan_from_options(
         engine_args=parse_engine_args(option("--parity-engine-arg")),
         tensor_parallel_size=option("--parity-tensor-parallel-size"),
         map_file=option("--parity-map"),
+        explain=not option("--parity-no-explain"),
     )
 
 
@@ -88,6 +89,7 @@ class ParitySession:
             checkpoint=plan.checkpoint,
             rules=plan.rules,
             vary=None if command else partial(plan.varied_engine, hosts=hosts),
+            explain=plan.explain,
         )
         self._held: dict[str, Exploration] = {}
         self._coverage: dict[str, Coverage] = {}
@@ -110,7 +112,8 @@ class ParitySession:
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
-        return self._keep(name, Answer(coverage=check.cover(subject), findings=check.run(subject, case)))
+        findings = self._session.explain(check.run(subject, case))
+        return self._keep(name, Answer(coverage=check.cover(subject), findings=findings))
 
     def hold(self, name: str, cases: CaseSet) -> Results:
         """Run a check of invariance on cases of its own; of one check the report shows the last workload that failed.

@@ -93,6 +93,23 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Local(msgspec.Struct, frozen=True, kw_only=True):
+    """A point's error where its module ran on the reference's own values, judged like any other.
+
+    ``level`` is how deep the reference's values went: into ``layers``, ``blocks`` or ``leaves``. ``culprit``: beyond
+    what is allowed, and nothing before or inside it explains that. Verdict ``error``, with ``message``: not measured.
+    """
+
+    verdict: Verdict
+    level: str = ""
+    metric: str = ""
+    value: float | None = None
+    allowed: float | None = None
+    allowed_source: str = ""
+    culprit: bool = False
+    message: str = ""
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     """One judged fact: one point (or one question) of one case.
 
@@ -102,7 +119,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     reference's twin, ``positions`` the first and last position and ``failing`` the position ranges (inclusive) that are
     beyond tolerance. ``needs`` is the smallest ``factor`` (of the noise floor) or ``tolerance`` that would pass, as a
     policy says it. ``condition`` says how the engine ran, where a check holds it against itself, and ``workload`` names
-    all cases that ran, where these are not those of the run.
+    all cases that ran, where these are not those of the run. ``local`` is its error on the reference's own values,
+    where the modules were replayed.
     """
 
     check: str
@@ -131,6 +149,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     needs: dict[str, float] = {}
     shape: list[int] = []
     dtypes: tuple[str, str] | None = None
+    local: Local | None = None
 
 
 class WeightRow(msgspec.Struct, frozen=True, kw_only=True, tag="weight"):
@@ -163,7 +182,10 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
-    """Last record: the verdict and its counts. A file without it is an unfinished run."""
+    """Last record: the verdict and its counts. A file without it is an unfinished run.
+
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    """
 
     verdict: Verdict
     compared: int
@@ -173,6 +195,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     errors: int = 0
     inconclusive: int = 0
     first_divergence: Divergence | None = None
+    culprits: list[Divergence] = []
     causes: list[Cause] = []
     checks: dict[str, Verdict] = {}
     message: str = ""

@@ -34,6 +34,7 @@ from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, run_record
 from paritykit.reference import Reference, Role
+from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 
 
@@ -41,7 +42,8 @@ class Session:
     """Two engines on the same cases. Captures are made on first need, the reference's first, one engine at a time.
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
-    candidate with other arguments; ``closing`` is called last.
+    candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
+    fails.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Session:
         progress: Progress | None = None,
         vary: Make | None = None,
         closing: Callable[[], None] | None = None,
+        explain: bool = True,
     ) -> None:
         self._closing = closing
+        self._explain = explain
         self._checkpoint = checkpoint
         self._pool = None if vary is None else EnginePool(vary)
         self.config = config or load_config()
@@ -148,6 +152,7 @@ class Session:
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
+        findings = self.explain(findings)
         return assemble(
             self.run_record(names, command=command),
             coverage=[a.coverage for a in answers] + coverage,
@@ -157,6 +162,15 @@ class Session:
             config=self.config,
             seconds=time.monotonic() - started,
         )
+
+    def explain(self, findings: list[Finding]) -> list[Finding]:
+        """``findings`` with local errors where they fail, see ``paritykit.replays``; as they are if not wanted."""
+        failing = any(f.verdict == "fail" for f in findings)
+        return self._replays.explain(findings) if self._explain and failing else findings
+
+    @cached_property
+    def _replays(self) -> Replays:
+        return Replays(self.subject, self._opened_candidate(), progress=self._progress)
 
     def answer(self, check: ModelCheck) -> Answer:
         """What a model check finds; that it was skipped, where there is not what it needs."""
@@ -353,11 +367,12 @@ def compare_captures(
     rules: list[UserRule] | None = None,
     command: list[str] | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
-    ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor. Raises UsageError if
-    they do not hold the same tokens.
+    ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor. ``engine`` is the
+    candidate, opened to replay modules where a case fails. Raises UsageError if they do not hold the same tokens.
     """
     config = config or load_config()
     for other in (candidate, *([twin] if twin is not None else [])):
@@ -373,6 +388,12 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
+    if engine is not None and any(f.verdict == "fail" for f in findings):
+        try:
+            engine.open()
+            findings = Replays(subject, engine, progress=progress).explain(findings)
+        finally:
+            engine.close()
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paritykit.diagnose.locate import first_divergence
+from paritykit.diagnose.locate import find_culprits, first_divergence
 from paritykit.results import Coverage, Finding, Summary, Verdict
 
 COMPARED = ("pass", "fail", "inconclusive")
@@ -58,6 +58,7 @@ def summarise(
         errors=sum(f.verdict == "error" for f in findings),
         inconclusive=sum(f.verdict == "inconclusive" for f in findings),
         first_divergence=first_divergence(findings),
+        culprits=find_culprits(findings),
         checks={name: verdicts[name] for name in checks},
         message=_message(verdicts, coverage, findings),
         seconds=seconds,

@@ -84,12 +84,16 @@ class DataFile(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, kw_only=True):
-    """What one recording process (a rank) wrote: merged into a manifest by whoever started it."""
+    """What one recording process (a rank) wrote: merged into a manifest by whoever started it.
+
+    ``fed`` are the points that were replaced, see ``captures/feed.py``.
+    """
 
     steps: list[list[Segment]] = []
     points: list[Point] = []
     files: list[DataFile] = []
     dropped: list[Dropped] = []
+    fed: list[str] = []
 
 
 class Manifest(msgspec.Struct, kw_only=True):

@@ -103,16 +103,22 @@ class Capture:
         """The tensor of ``piece``, ``[tokens, ...]``, mapped from its file. Raises CaptureFormatError if damaged."""
         name = self.manifest.files[piece.file].name
         try:
-            handle = self._handles.get(piece.file)
-            if handle is None:
-                handle = self._handles[piece.file] = safe_open(self.path / name, framework="pt")
-            tensor: torch.Tensor = handle.get_tensor(piece.name)
+            tensor: torch.Tensor = self._handle(piece).get_tensor(piece.name)
         except (SafetensorError, OSError) as error:
             raise CaptureFormatError(f"{self.path}: {name} cannot be read: {error}") from error
         if self._verify and (piece.file, piece.name) not in self._verified:
             if digest_tensor(tensor) != piece.digest:
                 raise CaptureFormatError(f"{self.path}: {piece.name} in {name} was altered (its digest does not match)")
             self._verified.add((piece.file, piece.name))
+        return tensor
+
+    def part(self, piece: Piece, row: int, length: int) -> torch.Tensor:
+        """``length`` rows of ``piece`` from ``row``, ``[tokens, ...]``; only these are read, no digest is checked."""
+        try:
+            tensor: torch.Tensor = self._handle(piece).get_slice(piece.name)[row : row + length]
+        except (SafetensorError, OSError) as error:
+            name = self.manifest.files[piece.file].name
+            raise CaptureFormatError(f"{self.path}: {name} cannot be read: {error}") from error
         return tensor
 
     def rows(self, key: str, case: str, *, rank: int | None = None) -> torch.Tensor:
@@ -141,6 +147,13 @@ class Capture:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.points)
+
+    def _handle(self, piece: Piece) -> Any:
+        """The file of ``piece``, mapped. Raises SafetensorError or OSError."""
+        if piece.file not in self._handles:
+            path = self.path / self.manifest.files[piece.file].name
+            self._handles[piece.file] = safe_open(path, framework="pt")
+        return self._handles[piece.file]
 
     @cached_property
     def _by_step(self) -> list[dict[str, list[tuple[int, int, int]]]]:

@@ -1,9 +1,12 @@
-"""The hooks: they see every module of a model, and write what the engine's reading of them says is worth keeping."""
+"""The hooks: they see every module of a model, and write what the engine's reading of them says is worth keeping.
+
+In a run that is fed they also put another capture's rows in the place of what they saw.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -12,11 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from paritykit.captures.feeder import Feeder, Rows
 from paritykit.captures.manifest import Segment, point_key
 from paritykit.captures.writer import PartWriter
 
-Rows = Callable[[torch.Tensor, str], torch.Tensor | None]
-"""Brings a module's tensor to rows of tokens, ``[tokens, ...]``; None where it has no token axis. Second: its key."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: arguments by place and by name."""
 
 
 class Seen(NamedTuple):
@@ -41,19 +45,32 @@ class Reading(Protocol):
         """The outputs worth recording."""
         ...
 
+    def put_input(self, module: nn.Module, call: Call, seen: Seen, tensor: torch.Tensor) -> Call:
+        """The call with ``tensor`` in the place of the input that was ``seen``; nothing is written in place."""
+        ...
+
+    def put_output(self, module: nn.Module, output: Any, seen: Seen, tensor: torch.Tensor) -> Any:
+        """The output with ``tensor`` in the place of what was ``seen`` of it; nothing is written in place.
+
+        None where more goes out than that tensor, so that replacing it would be half the matter.
+        """
+        ...
+
 
 class Selection:
     """Which points are wanted: glob patterns over point keys. ``Selection()`` takes all, ``Selection(())`` none."""
 
     def __init__(self, patterns: Iterable[str] | None = None) -> None:
         self.patterns = None if patterns is None else tuple(patterns)
+        self._names = frozenset(self.patterns or ())
+        self._globs = [p for p in self._names if any(c in p for c in "*?[")]
         self._known: dict[str, bool] = {}
 
     def __contains__(self, key: str) -> bool:
         if self.patterns is None:
             return True
         if key not in self._known:
-            self._known[key] = any(key == p or fnmatchcase(key, p) for p in self.patterns)
+            self._known[key] = key in self._names or any(fnmatchcase(key, p) for p in self._globs)
         return self._known[key]
 
     @property
@@ -69,6 +86,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     written inside the hook, so that a later write in place cannot change what was captured. ``alias`` recognises a
     tensor that was recorded a moment ago (the same object, not modified since) and stores it once. ``keep_error``
     is for engines that die of an exception in a hook: the first one ends the recording and stays in ``error``.
+    With a ``feeder`` modules go on with what that gives in the place of what was seen of them.
     """
 
     def __init__(
@@ -80,8 +98,10 @@ class Recorder(AbstractContextManager["Recorder"]):
         selection: Selection,
         alias: bool,
         keep_error: bool = False,
+        feeder: Feeder | None = None,
     ) -> None:
         self._part = part
+        self._feeder = feeder
         self._reading = reading
         self._selection = selection
         self._alias = alias
@@ -111,6 +131,8 @@ class Recorder(AbstractContextManager["Recorder"]):
     def begin(self, segments: list[Segment], rows: Rows) -> None:
         """A forward pass starts: its rows are labelled by ``segments``."""
         self._part.step(segments)
+        if self._feeder is not None:
+            self._feeder.begin(segments)
         self._rows = rows if self.error is None else None
         self._calls.clear()
         self._recent.clear()
@@ -125,16 +147,24 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Whether a forward pass is being recorded."""
         return self._rows is not None
 
-    def record(self, seen: Seen, *, module: str, kind: str, call: int = 0) -> None:
-        """Write one tensor as a point of ``module`` (a path), or note that it was just written under another name."""
+    def record(self, seen: Seen, *, module: str, kind: str, call: int = 0) -> torch.Tensor | None:
+        """Write one tensor as a point of ``module`` (a path), or note that it was just written under another name.
+
+        Returns what the engine is to go on with in its place, None for the tensor itself.
+        """
         key = point_key(module, port=seen.port, call=call)
-        if self._rows is None or not key or key not in self._selection:
-            return
+        if self._rows is None or not key:
+            return None
+        if key in self._selection:
+            self._write(seen, key, self._rows, module=module, kind=kind, call=call)
+        return None if self._feeder is None else self._feeder.value(key, seen.tensor, self._rows)
+
+    def _write(self, seen: Seen, key: str, to_rows: Rows, *, module: str, kind: str, call: int) -> None:
         source = self._recorded(seen.tensor)
         if source is not None and source != key:
             self._part.alias(source, module=module, port=seen.port, call=call, kind=kind)
             return
-        rows = self._rows(seen.tensor, key)
+        rows = to_rows(seen.tensor, key)
         if rows is None:
             self._part.drop(module, seen.port, f"its shape {list(seen.tensor.shape)} has no token axis")
             return
@@ -153,24 +183,39 @@ class Recorder(AbstractContextManager["Recorder"]):
                 raise
             self.error = self.error or error
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Torch goes on with what a hook returns, where that is not None."""
+        changed: Call | None = None
         if self._rows is not None:
             with self.guard():
                 for seen in self._reading.inputs(module, args, kwargs):
-                    self._record(seen, module)
+                    given = self._record(seen, module)
+                    if given is not None:
+                        changed = self._reading.put_input(module, changed or (args, kwargs), seen, given)
+        return changed
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         del args
+        changed = None
         if self._rows is not None:
             with self.guard():
                 for seen in self._reading.outputs(module, output):
-                    self._record(seen, module)
+                    given = self._record(seen, module)
+                    if given is not None:
+                        changed = self._reading.put_output(module, output, seen, given)
+                        if changed is None and self._feeder is not None:
+                            self._feeder.refuse(self._key(seen, module))
             self._calls[module] = self._calls.get(module, 0) + 1
+        return changed
 
-    def _record(self, seen: Seen, module: nn.Module) -> None:
+    def _record(self, seen: Seen, module: nn.Module) -> torch.Tensor | None:
         owner = module if seen.owner is None else seen.owner
         name, call = self._place(owner)
-        self.record(seen, module=name, kind=type(owner).__name__, call=call)
+        return self.record(seen, module=name, kind=type(owner).__name__, call=call)
+
+    def _key(self, seen: Seen, module: nn.Module) -> str:
+        name, call = self._place(module)
+        return point_key(name, port=seen.port, call=call)
 
     def _place(self, module: nn.Module) -> tuple[str, int]:
         """Path and call number. One object under several paths (a shared activation) is called once for each."""

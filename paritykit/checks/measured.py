@@ -16,9 +16,10 @@ from paritykit.mapping.rules import Rule
 from paritykit.results import Finding
 
 
-def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Finding:
+def measure_point(subject: Subject, rule: Rule, case: str, *, check: str, depth: int | None = None) -> Finding:
     """The finding for one rule and case.
 
+    ``depth`` is how many points were computed since the input was right, the point's place in execution order if None.
     Verdict ``error`` where the candidate lacks rows that the reference has, ``skip`` where the reference has none.
     """
     reference, candidate = subject.reference, subject.candidate
@@ -26,8 +27,8 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str) -> Fin
     dtypes = (ours.dtype, theirs.dtype)
     order = subject.graph.order(rule.reference)
     policy = subject.policy(rule.reference, dtypes, check=check)
-    allowed = subject.allowed(dtypes, order=order, policy=policy)
-    twin = subject.twin if subject.floor_judges(dtypes, policy) else None
+    allowed = subject.allowed(dtypes, order=order if depth is None else depth, policy=policy)
+    twin = subject.twin if depth is None and subject.floor_judges(dtypes, policy) else None
     meter, places = Meter(element_tolerance=allowed.whole), list[int]()
     floor = FloorMeter(twin, point=rule.reference, case=case)
     for position, left, right in pairs(rule, reference, candidate, case):

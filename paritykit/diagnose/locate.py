@@ -105,3 +105,13 @@ def first_divergence(findings: Iterable[Finding]) -> Divergence | None:
     return Divergence(
         check=first.check, case=first.case, point=first.located or first.point, origin=first.origin, seen_at=first.point
     )
+
+
+def find_culprits(findings: Iterable[Finding]) -> list[Divergence]:
+    """The modules that are wrong on the reference's own values, in execution order, each where it first shows."""
+    found: dict[str, Divergence] = {}
+    for f in sorted((f for f in findings if f.local is not None and f.local.culprit), key=lambda f: f.order):
+        blamed = f.located or f.point
+        new = Divergence(check=f.check, case=f.case, point=blamed, origin="introduced", seen_at=f.point)
+        found.setdefault(blamed, new)
+    return list(found.values())

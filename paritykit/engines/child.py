@@ -104,7 +104,8 @@ class _Host:
         def progress(what: str, done: int, total: int) -> None:
             self._say(Working(what, done, total))
 
-        self._engine.run(order.cases, points=Selection(order.points), out=Path(order.out), progress=progress)
+        fed = {} if order.feed is None else {"feed": order.feed}
+        self._engine.run(order.cases, points=Selection(order.points), out=Path(order.out), progress=progress, **fed)
         return Done()
 
     def _say(self, answer: Answer) -> None:

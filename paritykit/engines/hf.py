@@ -19,6 +19,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from paritykit.captures.feed import Feed
+from paritykit.captures.feeder import make_feeder
 from paritykit.captures.layout import DenseLayout
 from paritykit.captures.manifest import Manifest, Segment
 from paritykit.captures.reader import Capture
@@ -55,7 +57,7 @@ class HFEngine:
     or works in fewer bits all the same.
     """
 
-    capabilities = frozenset({"logits", "decode", "teacher_forcing"})
+    capabilities = frozenset({"logits", "decode", "replay", "teacher_forcing"})
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class HFEngine:
     ) -> None:
         if padding not in ("none", "left"):
             raise UsageError(f"padding must be 'none' or 'left', not {padding!r}")
+        if padding == "left":
+            self.capabilities = self.capabilities - {"replay"}  # rows cannot be put back between padding
         self.checkpoint = Checkpoint.find(model)
         self._dtype = parse_dtype(self.checkpoint.dtype if dtype == "auto" else dtype)
         self._device = device
@@ -100,19 +104,29 @@ class HFEngine:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError) as error:
             raise EngineError(f"hf cannot load {self.checkpoint.path}: {error}") from error
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``; new tokens come from the model's KV cache, one step at a time."""
+        feeder = make_feeder(feed, cases)
         with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad(), self._precision():
-            layout = DenseLayout()
+            layout, reading = DenseLayout(), CacheReading()
             generated: dict[str, list[int]] = {}
-            with Recorder(self._model, part, reading=CacheReading(), selection=points, alias=True) as recorder:
+            with Recorder(self._model, part, reading=reading, selection=points, alias=True, feeder=feeder) as recorder:
                 groups = [[c] for b in batches(cases) for c in b] if self._padding == "none" else batches(cases)
                 for number, group in enumerate(groups):
                     if progress:
                         progress("hf", number, len(groups))
                     generation = _Generation(self._model, group, index={c.id: i for i, c in enumerate(cases)})
                     generated |= generation.run(recorder, layout)
-            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts())
+            facts = self._facts() | ({"fed": feeder.fed} if feeder else {})
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             written = part.finish()
             if self._widen:
                 check_wide(written.points)

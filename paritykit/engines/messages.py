@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from paritykit.captures.feed import Feed
 from paritykit.case import Case
 from paritykit.results import Side
 
@@ -19,11 +20,12 @@ class Open(msgspec.Struct, tag=True):
 
 
 class RunCases(msgspec.Struct, tag=True):
-    """Run cases, recording points (None: all) into folder ``out``."""
+    """Run cases, recording points (None: all) into folder ``out``; with ``feed``, fed so."""
 
     cases: list[Case]
     points: list[str] | None
     out: str
+    feed: Feed | None = None
 
 
 class ReadLedger(msgspec.Struct, tag=True):

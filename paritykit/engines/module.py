@@ -24,6 +24,8 @@ import msgspec
 import torch
 from torch import nn
 
+from paritykit.captures.feed import Feed
+from paritykit.captures.feeder import make_feeder
 from paritykit.captures.layout import DenseLayout
 from paritykit.captures.manifest import Manifest, Segment
 from paritykit.captures.reader import Capture
@@ -52,7 +54,7 @@ class ModuleEngine:
     loader without a checkpoint.
     """
 
-    capabilities = frozenset({"logits", "teacher_forcing"})
+    capabilities = frozenset({"logits", "replay", "teacher_forcing"})
 
     def __init__(
         self,
@@ -100,17 +102,27 @@ class ModuleEngine:
             raise EngineError(f"engine {self._name!r} was given no load_weights or load_folder to trace")
         return [self._ledger]
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``: one pass over prompt and forced tokens for each case."""
         generated: dict[str, list[int]] = {}
+        feeder = make_feeder(feed, cases)
         with CaptureFolder(out) as folder, PartWriter(folder.path) as part, torch.no_grad():
-            layout = DenseLayout()
-            with Recorder(self._model, part, reading=FirstTensor(), selection=points, alias=True) as recorder:
+            layout, reading = DenseLayout(), FirstTensor()
+            with Recorder(self._model, part, reading=reading, selection=points, alias=True, feeder=feeder) as recorder:
                 for index, case in enumerate(cases):
                     if progress:
                         progress(self._name, index, len(cases))
                     generated[case.id] = self._one(case, index, recorder, layout)
-            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=self._facts())
+            facts = self._facts() | ({"fed": feeder.fed} if feeder else {})
+            manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [part.finish()]), verify=False)
 
     def describe(self) -> Side:

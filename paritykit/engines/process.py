@@ -16,6 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from paritykit import errors
+from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
@@ -194,11 +195,19 @@ class ProcessEngine:
         self._side, self.capabilities = answer.side, frozenset(answer.capabilities)
         self.variations = answer.variations
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``. Nothing half-written is left behind, even if the process is killed."""
         patterns = None if points.patterns is None else list(points.patterns)
         try:
-            self.host.ask(RunCases(cases, patterns, str(out.absolute())), progress=progress)
+            self.host.ask(RunCases(cases, patterns, str(out.absolute()), feed), progress=progress)
         finally:
             for left in out.parent.glob(f".{out.name}.*.partial"):
                 shutil.rmtree(left, ignore_errors=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from paritykit.captures.recorder import Seen
+from paritykit.captures.recorder import Call, Seen
 
 
 class FirstTensor:
@@ -30,6 +31,45 @@ class FirstTensor:
             yield Seen("logits", logits)
         elif (tensor := first_tensor(output)) is not None:
             yield Seen("", tensor)
+
+    def put_input(self, module: nn.Module, call: Call, seen: Seen, tensor: torch.Tensor) -> Call:
+        """See ``Reading.put_input``: wherever the call has that very tensor."""
+        del module
+        changed: Call = exchange(call, seen.tensor, tensor)
+        return changed
+
+    def put_output(self, module: nn.Module, output: Any, seen: Seen, tensor: torch.Tensor) -> Any:
+        """See ``Reading.put_output``: wherever the output has that very tensor.
+
+        Not where the output holds more of the same rows: a router's shares and choices follow from its logits.
+        """
+        del module
+        others = [t for t in _parts(output) if isinstance(t, torch.Tensor) and t is not seen.tensor]
+        if any(t.shape[:-1] == tensor.shape[:-1] for t in others):
+            return None
+        return exchange(output, seen.tensor, tensor)
+
+
+def exchange(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """``value`` with ``new`` wherever it holds the object ``old``; tuples, lists, mappings and dataclasses are copied.
+
+    >>> a, b = torch.zeros(1), torch.ones(1)
+    >>> exchange(([a, 2], {"x": a}), a, b)
+    ([tensor([1.]), 2], {'x': tensor([1.])})
+    """
+    if value is old:
+        return new
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        for key, part in value.items():
+            changed[key] = exchange(part, old, new)
+        return changed
+    if isinstance(value, tuple | list):
+        parts = [exchange(part, old, new) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: exchange(getattr(value, f.name), old, new) for f in fields(value)})
+    return value
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:

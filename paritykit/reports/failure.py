@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.repro import repro, script
 from paritykit.reports.wording import (
     ORIGINS,
@@ -63,6 +64,7 @@ def fields_of(results: Results) -> list[Field]:
     if first is not None:
         found += _where(first, first_finding(results))
         found += [("cause", cause_text(c)) for c in results.summary.causes[:3]]
+        found += culprits(results)
         after = inherited_after(results)
         if after:
             found.append(("after", f"{count(after, 'later point')} {'is' if after == 1 else 'are'} inherited"))
@@ -84,8 +86,8 @@ def closest(results: Results) -> list[Field]:
 
 
 def _where(first: Divergence, finding: Finding | None) -> list[Field]:
-    origin = f"    {ORIGINS[first.origin]}" if first.origin and first.case else ""
-    found = [("first divergence", shorten(first.point, LIMIT) + origin)]
+    words = origin(finding) if finding is not None else ORIGINS.get(first.origin or "", "")
+    found = [("first divergence", shorten(first.point, LIMIT) + (f"    {words}" if words and first.case else ""))]
     if finding is None:
         return found
     if finding.point != first.point:
@@ -94,6 +96,8 @@ def _where(first: Divergence, finding: Finding | None) -> list[Field]:
         found.append(("compared with", shorten(finding.mapping or finding.candidate_point, LIMIT)))
     if finding.metric:
         found.append((finding.metric, judged(finding)))
+    if finding.local is not None:
+        found.append(("local", shorten(local(finding), LIMIT)))
     if finding.message:
         found.append(("detail", shorten(finding.message, LIMIT)))
     if extent(finding):

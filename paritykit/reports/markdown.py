@@ -67,11 +67,10 @@ def _failing(results: Results) -> list[str]:
     told.sort(key=lambda f: (f.origin != "introduced", f.check, f.case, f.order))
     if not told:
         return []
-    head = (
-        "| verdict | check | case | point | metric | measured | allowed | source | noise floor | of allowed | origin |"
-    )
+    columns = ("verdict", "check", "case", "point", "metric", "measured", "allowed", "source", "noise floor")
+    head = f"| {' | '.join((*columns, 'of allowed', 'local', 'origin'))} |"
     title = f"### {count(len(told), 'finding')} not within tolerance"
-    return [title, "", head, "|" + "---|" * 11, *(_row(f) for f in told)]
+    return [title, "", head, "|" + "---|" * 12, *(_row(f) for f in told)]
 
 
 def _row(finding: Finding) -> str:
@@ -79,7 +78,8 @@ def _row(finding: Finding) -> str:
     cells = [
         finding.verdict, finding.check, finding.case, finding.point, finding.metric, measured(finding),
         number(finding.allowed), source(finding), number(finding.noise_floor),
-        "-" if ratio is None else f"{ratio:.2f}", finding.origin or "-",
+        "-" if ratio is None else f"{ratio:.2f}", number(finding.local.value) if finding.local else "-",
+        finding.origin or "-",
     ]  # fmt: skip
     return (
         "| "

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from paritykit.errors import UnknownNameError
 from paritykit.reports.failure import LIMIT, Field, cause_text, failure_text, fields_of, gap_lists, judged, next_steps
-from paritykit.reports.wording import ORIGINS, WORDS, extent, headline, number, shorten, sides, starts, state
+from paritykit.reports.replayed import local, origin
+from paritykit.reports.wording import WORDS, extent, headline, number, shorten, sides, starts, state
 from paritykit.results import Finding, Results
 
 __all__ = ["failure_text", "print_summary", "render", "show_point"]
@@ -72,8 +73,8 @@ def _print_rest(results: Results, console: Console) -> None:
     rest = [f for f in results.findings if f.verdict != "pass"]
     for finding in rest[:VERBOSE_ROWS]:
         place = shorten(f"{finding.check} / {finding.case} / {finding.point}", 200)
-        origin = f"  {finding.origin}" if finding.origin else ""
-        _print(console, Text(f"{WORDS[finding.verdict]:<12}", style=STYLES[finding.verdict]) + Text(place + origin))
+        whose = f"  {finding.origin}" if finding.origin else ""
+        _print(console, Text(f"{WORDS[finding.verdict]:<12}", style=STYLES[finding.verdict]) + Text(place + whose))
         if finding.metric:
             _print_field(console, (finding.metric, judged(finding)))
     if len(rest) > VERBOSE_ROWS:
@@ -90,8 +91,9 @@ def _print_finding(finding: Finding, console: Console) -> None:
 def _fields(finding: Finding) -> list[Field]:
     fields = [
         ("shown at", finding.point if finding.located not in ("", finding.point) else ""),
-        ("origin", ORIGINS[finding.origin] if finding.origin else ""),
+        ("origin", origin(finding)),
         (finding.metric, judged(finding) if finding.metric else ""),
+        ("local", local(finding)),
         ("extent", extent(finding)),
         ("detail", finding.message),
         *(("cause", cause_text(cause)) for cause in finding.causes),

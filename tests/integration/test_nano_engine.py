@@ -86,29 +86,6 @@ def test_a_case_that_cannot_be_leaves_the_engine_usable(opened: NanoEngine, tmp_
     assert again.rows("#logits", "a").shape == (21, 499)
 
 
-def test_replay_gives_what_the_run_gave(opened: NanoEngine, tmp_path: Path) -> None:
-    case = [pk.Case(id="a", tokens=tuple(range(3, 20)))]
-    capture = opened.run(case, points=Selection(), out=tmp_path / "capture")
-    normed = capture.rows("model.layers.1.input_layernorm", "a")
-    hidden = capture.rows("model.layers.0", "a")
-    for module, given in (
-        (ATTENTION, normed),
-        ("model.layers.1.input_layernorm", hidden),
-        ("model.layers.1", hidden),
-        (f"{ATTENTION}.qkv_proj", normed),
-        ("lm_head", capture.rows("model.norm", "a")),
-        ("model.embed_tokens", torch.tensor(case[0].tokens)),
-    ):
-        torch.testing.assert_close(opened.replay(module, given), capture.rows(module, "a"), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UnknownNameError, match="did you mean"):
-        opened.replay("model.layers.1.self_atn", normed)
-    with pytest.raises(UsageError, match="does not take tensors of"):
-        opened.replay("model.norm", torch.zeros(3, 7))
-    with pytest.raises(UsageError, match="more than max_model_len"):
-        opened.replay("model.norm", torch.zeros(600, 96))
-    assert opened.run(case, points=Selection(()), out=tmp_path / "after")
-
-
 def test_parameters_and_other_weights(opened: NanoEngine, model: Path, tmp_path: Path) -> None:
     name = f"{ATTENTION}.qkv_proj.weight"
     ranks = opened.parameters()

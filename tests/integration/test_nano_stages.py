@@ -22,7 +22,6 @@ from paritykit.engines.nano.group import Alone
 from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.stage import Stage
 from paritykit.engines.nano.worker import Worker
-from paritykit.errors import UnknownNameError, UsageError
 from paritykit.results import Results
 from paritykit.runner import compare_captures, weight_results
 from paritykit.testing import tiny_model
@@ -156,27 +155,6 @@ def test_it_says_how_many_stages(opened: NanoEngine) -> None:
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
     }
-
-
-def test_replay_runs_where_the_module_is(opened: NanoEngine, tmp_path: Path) -> None:
-    case = [pk.Case(id="a", tokens=tuple(range(3, 20)))]
-    capture = opened.run(case, points=Selection(), out=tmp_path / "capture")
-    last = f"model.layers.{len(opened.llm.config.layers) - 1}"
-    for module, given in (
-        ("model.embed_tokens", torch.tensor(case[0].tokens)),
-        ("model.layers.0", capture.rows("model.layers.0.input_layernorm#input", "a")),
-        (last, capture.rows(f"{last}.input_layernorm#input", "a")),
-        (f"{last}.self_attn", capture.rows(f"{last}.input_layernorm", "a")),
-        ("lm_head", capture.rows("model.norm", "a")),
-    ):
-        torch.testing.assert_close(opened.replay(module, given), capture.rows(module, "a"), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UnknownNameError, match="did you mean"):
-        opened.replay(f"{last}.self_atn", given)
-    with pytest.raises(UsageError, match=r"does not take tensors of \[\[3, 7\]\] on rank"):
-        opened.replay("model.norm", torch.zeros(3, 7))
-    with pytest.raises(UsageError, match="'model' is spread over the stages"):
-        opened.replay("model", given)
-    assert opened.run(case, points=Selection(()), out=tmp_path / "after")
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

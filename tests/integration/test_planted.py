@@ -9,13 +9,17 @@ from typing import Any
 import msgspec
 import pytest
 
+import paritykit as pk
+from paritykit.captures.feed import FedPoint, Feed, Fill
+from paritykit.captures.recorder import Selection
 from paritykit.engines.process import ProcessEngine
 from paritykit.engines.strays import Watched
-from paritykit.errors import UsageError
+from paritykit.errors import EngineError, UsageError
 from paritykit.results import Results
 from paritykit.testing.faults import FAULTS, Fault, find, planted
 from paritykit.testing.faults.cache import LOST
-from tests.faulty import LAYERS, Ground, Trial, differences, homes
+from tests.faulty import LAYERS, Ground, Trial, differences, homes, model_of
+from tests.replayed import Planted, explained, named, places
 
 LIVE = [f for _, f in FAULTS.items() if f.stage == "live" and "vllm" in f.engines]
 IN_CI = (
@@ -27,6 +31,11 @@ ON_GEMMA = ("rope-theta", "norm-eps", "gate-up-swapped", "residual-dropped")
 BESIDE = {name: {"model.layers.1.mlp.up_proj"} for name in ("gate-up-swapped", "gate-up-interleaved")}
 """Modules that are wrong by the same mistake."""
 LAYER = 1
+CASES = [
+    pk.Case(id="a", tokens=tuple(range(3, 40)), new_tokens=3),
+    pk.Case(id="b", tokens=(7, 9, 400), new_tokens=4),
+    pk.Case(id="c", tokens=(11, 12, 13), batch=1),
+]
 
 
 class Vllm(ProcessEngine):
@@ -111,6 +120,63 @@ def test_a_fault_that_does_not_fit_is_refused_by_its_workers(ground: Ground) -> 
     with pytest.raises(UsageError, match="sliding window"), planted(made.engine, "window-missing", layer=LAYER):
         pass
     assert differences(made.clean(), ground.run(made.engine, made.cases)) == {}
+
+
+SEVERAL: dict[str, tuple[str, list[Planted]]] = {
+    "three layers": ("qwen2", [("norm-eps", 0), ("rope-theta", 1), ("gate-up-swapped", 2)]),
+    "one block": ("qwen2", [("bias-missing", 1), ("rope-theta", 1), ("residual-dropped-after-mlp", 2)]),
+    "one layer": ("gemma2", [("norm-eps", 1), ("attention-scale", 1), ("norm-after-mlp-skipped", 1)]),
+    "residuals": ("qwen2", [("residual-dropped", 0), ("residual-scaled", 1), ("layer-skipped", 2)]),
+    "both ends": ("mistral", [("embedding-rows-shifted", 0), ("attention-scale", 2), ("head-permuted", 0)]),
+    "experts": ("mixtral", [("experts-scale", 0), ("experts-swapped", 1), ("residual-dropped-after-mlp", 2)]),
+}
+PARALLEL: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "chunks": {"max_num_batched_tokens": 16, "max_model_len": 64, "max_num_seqs": 4},
+    "two ranks": {"tensor_parallel_size": 2},
+    "two stages": {"pipeline_parallel_size": 2},
+}
+
+
+def several() -> list[Any]:
+    group, deep = pytest.mark.xdist_group("vllm-faults"), pytest.mark.deep
+    return [
+        pytest.param(faults, way, id=f"{faults}, {way}", marks=[group] if in_ci else [group, deep])
+        for way in PARALLEL
+        for faults, (model, _) in SEVERAL.items()
+        if (in_ci := way == "alone" and faults in ("three layers", "one block"))
+        or way != "chunks"
+        or model == "mistral"
+    ]
+
+
+@pytest.mark.parametrize(("faults", "way"), several())
+def test_replay_names_every_fault_of_a_run_and_none_of_a_clean_one(ground: Ground, faults: str, way: str) -> None:
+    name, mistakes = SEVERAL[faults]
+    model = model_of(name)
+    reference = ground.reference(model, CASES)
+    fed = [c.force(reference.generated(c.id)) for c in CASES]
+    engine = ground.engine(model, **PARALLEL[way])
+    found = explained(ground, engine, reference, fed, mistakes)
+    assert named(found) == set().union(*(places(*m) for m in mistakes))
+    assert not [f.local for f in found if f.local and f.local.verdict == "error"]
+    clean = ground.run(engine, fed)
+    again = ground.run(engine, fed)
+    assert differences(clean, again) == {}
+
+
+@pytest.mark.xdist_group("vllm-faults")
+def test_a_feed_that_does_not_fit_stops_the_run_and_not_the_engine(ground: Ground, tmp_path: Path) -> None:
+    made = Trial(ground, find("rope-theta"), "qwen2", LAYER)
+    clean = made.clean()
+    feed = Feed(str(clean.path), (FedPoint("model.norm", 0, (Fill("lm_head", 0, 0, 400),)),))
+    points = Selection(["model.norm"])
+    with pytest.raises(EngineError, match=r"recording on rank 0 of vLLM failed: .*model\.norm: rows of"):
+        made.engine.run(made.cases, points=points, out=tmp_path / "one", feed=feed)
+    own = Feed(str(clean.path), (FedPoint("model.norm", 0, (Fill("model.norm", 0, 0, 128),)),))
+    assert made.engine.run(made.cases, points=points, out=tmp_path / "two", feed=own).manifest.facts["fed"] == [
+        "model.norm"
+    ]
 
 
 @pytest.mark.deep

@@ -6,12 +6,14 @@ import random
 
 import msgspec
 
+from paritykit.diagnose.locate import find_culprits
 from paritykit.results import (
     CaseInfo,
     Cause,
     Coverage,
     Divergence,
     Finding,
+    Local,
     Origin,
     Results,
     Run,
@@ -37,6 +39,7 @@ PORTS = (
 )
 CASES = {"short": 7, "long-40": 40, "long-200": 200}
 WINDOW = 32
+WINDOWED = "model.layers.2.self_attn.o_proj#input"
 CAUSE = Cause(
     code="PK102",
     name="sliding-window",
@@ -100,6 +103,26 @@ def failing_run(*, layers: int = 4) -> Results:
         causes=[CAUSE], checks={"modules": "fail", "tokens": "fail"}, seconds=12.4,
     )  # fmt: skip
     return Results(run=_run(), cases=_cases(differ=True), coverage=_coverage(layers), findings=found, summary=summary)
+
+
+def replayed_run(*, culprits: int = 2) -> Results:
+    """The same with local errors: beside the window, the MLPs of the last layer and more are wrong by themselves."""
+    results = failing_run()
+    later = ["model.layers.3.mlp", "model.norm", "model.layers.3.input_layernorm", "model.layers.3.self_attn"]
+    wrong = [WINDOWED, *later][:culprits]
+    found = [_replayed(f, wrong) if f.check == "modules" else f for f in results.findings]
+    summary = msgspec.structs.replace(results.summary, culprits=find_culprits(found))
+    return msgspec.structs.replace(results, findings=found, summary=summary)
+
+
+def _replayed(finding: Finding, wrong: list[str]) -> Finding:
+    culprit = finding.point in wrong and finding.verdict == "fail"
+    local = Local(
+        level="leaves", verdict="fail" if culprit else "pass", metric="rel_l2", value=0.25 if culprit else 2e-4,
+        allowed=1e-3, allowed_source=SOURCE, culprit=culprit,
+    )  # fmt: skip
+    origin: Origin | None = ("introduced" if culprit else "inherited") if finding.verdict == "fail" else None
+    return msgspec.structs.replace(finding, local=local, origin=origin)
 
 
 def passing_run(*, layers: int = 4) -> Results:

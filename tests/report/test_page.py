@@ -71,6 +71,18 @@ def test_a_deep_link_opens_its_finding(open_report: Open) -> None:
     assert details.locator(".spark rect.bad").count() == 8
 
 
+def test_local_errors_stand_beside_the_others(open_report: Open) -> None:
+    page = open_report(runs.replayed_run(), fragment="#/point/modules/long-40/model.layers.3.mlp")
+    text = page.locator("#details:not([hidden])").inner_text()
+    assert "introduced here (wrong on the reference's own values)" in text
+    assert "rel_l2 0.25" in text
+    assert "model.layers.3.mlp" in page.locator("#first").inner_text()
+    page.goto(page.url.partition("#")[0] + "#/?q=k:modules+c:long-40&sort=-local")
+    page.reload()
+    assert set(points(page)[:2]) == {"model.layers.2.self_attn.o_proj#input", "model.layers.3.mlp"}
+    assert page.locator("#body tr.row .local").first.inner_text() == "0.25"
+
+
 def test_the_search_and_the_sort_come_back_from_the_address(open_report: Open) -> None:
     page = open_report(runs.failing_run(), fragment="#/?q=k:modules+l:3&sort=-ratio")
     assert page.locator("#search").input_value() == "k:modules l:3"

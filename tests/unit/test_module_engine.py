@@ -84,6 +84,36 @@ def test_one_changed_weight_is_named(reference: pk.Capture, model: Path, family:
             found.raise_on_failure()
 
 
+def test_all_changed_weights_are_named(reference: pk.Capture, model: Path, family: str) -> None:
+    """Replayed, the later ones are found too: they were handed something wrong, and are wrong all the same."""
+    changed = load(model)
+    for culprit in CULPRITS[family]:
+        weight = changed.get_submodule(culprit).weight
+        weight.data.view(-1)[: weight.numel() // 2] *= 1.02
+    engine = pk.engine("module", model=changed, forward=forward)
+    candidate = pk.capture(engine, cases=CASES, follow=reference)
+    found = pk.compare(reference=reference, candidate=candidate, engine=engine)
+    assert {c.point for c in found.summary.culprits} == set(CULPRITS[family])
+    assert {f.located for f in found.results.findings if f.origin == "introduced"} == set(CULPRITS[family])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in changed.modules())
+    alone = pk.compare(reference=reference, candidate=candidate)
+    assert alone.summary.culprits == []
+
+
+def test_a_router_hides_no_expert_and_is_not_confused_with_one() -> None:
+    """Its shares and choices go on beside its logits, which alone can be put right: what follows is not blamed."""
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    hf = pk.capture(pk.engine("hf", str(model), isolated=False), cases=CASES)
+    for module, parameter in (("gate", "weight"), ("experts", "down_proj")):
+        changed = load(model)
+        getattr(changed.model.layers[0].mlp.get_submodule(module), parameter).data[:2] *= 1.1
+        changed.model.layers[1].self_attn.q_proj.weight.data *= 1.02
+        engine = pk.engine("module", model=changed, forward=forward)
+        found = pk.compare(reference=hf, candidate=pk.capture(engine, cases=CASES, follow=hf), engine=engine)
+        culprits = {c.point for c in found.summary.culprits}
+        assert culprits == {f"model.layers.0.mlp.{module}", "model.layers.1.self_attn.q_proj"}
+
+
 @pytest.fixture(scope="module")
 def small() -> Path:
     return tiny_model("qwen2", num_hidden_layers=2)

@@ -17,11 +17,12 @@ from paritykit.reports import REPORTS, markdown, write_report
 from paritykit.reports.repro import repro
 from paritykit.reports.terminal import failure_text, print_summary, show_point
 from paritykit.reports.wording import extent, number, shorten, visible
-from paritykit.results import Results, read_jsonl
+from paritykit.results import Divergence, Local, Results, read_jsonl
 from tests.report import runs
 
 RUNS = {
     "fail": runs.failing_run(),
+    "replayed": runs.replayed_run(culprits=5),
     "pass": runs.passing_run(),
     "inconclusive": runs.inconclusive_run(),
     "nothing": runs.nothing_compared(),
@@ -81,6 +82,67 @@ def test_a_failure_reads_in_the_agreed_order() -> None:
     assert "allowed 3.5e-03 (3 x noise floor)   noise floor 1.2e-03" in lines[3]
     assert lines[4].endswith("tokens >= 32 only (of 0-39)")
     assert lines[-1].endswith("parity.html#/point/modules/long-40/model.layers.2.self_attn.o_proj%23input")
+
+
+def told(results: Results, *labels: str) -> list[str]:
+    lines = failure_text(results).splitlines()
+    return [line[20:] for line in lines if line[2:18].strip() in labels]
+
+
+def test_a_replayed_failure_names_every_culprit() -> None:
+    two, five = runs.replayed_run(), RUNS["replayed"]
+    assert "introduced here (wrong on the reference's own values)" in failure_text(two).splitlines()[1]
+    assert told(two, "local") == ["rel_l2 0.25   allowed 1.0e-03   on the reference's own values, leaves"]
+    where = "rel_l2 0.25   allowed 1.0e-03   on the reference's own values, leaves"
+    assert told(two, "also wrong") == [f"model.layers.3.mlp    {where}"]
+    first, rest = told(five, "also wrong")
+    assert first == f"model.layers.3.input_layernorm    {where}"
+    assert rest == "3 more: model.layers.3.self_attn, model.layers.3.mlp, model.norm"
+
+
+def test_the_same_module_of_several_layers_is_told_once() -> None:
+    results = runs.replayed_run()
+    names = [f"model.layers.{n}.self_attn" for n in (2, 3, 4, 7)]
+    found = [Divergence(check="modules", case="long-40", point=n, seen_at=n) for n in names]
+    many = msgspec.structs.replace(results.summary, culprits=found)
+    assert told(msgspec.structs.replace(results, summary=many), "also wrong")[0].startswith(
+        "model.layers.{3-4,7}.self_attn"
+    )
+
+
+def test_a_replay_without_a_culprit_says_that_differences_add_up() -> None:
+    none = runs.replayed_run(culprits=0)
+    assert told(none, "culprits") == [
+        "none: on the reference's own values every module is within tolerance, so small differences add up"
+    ]
+    assert told(runs.failing_run(), "culprits", "local", "also wrong") == []
+
+
+def test_a_replay_that_failed_says_why() -> None:
+    results = runs.failing_run()
+    broken = [msgspec.structs.replace(f, local=Local(verdict="error", message="it died")) for f in results.findings]
+    results = msgspec.structs.replace(results, findings=broken)
+    assert told(results, "local") == ["not measured: it died"]
+    assert told(results, "culprits") == []
+    assert "introduced here (its input is within tolerance)" in failure_text(results)
+
+
+def test_show_tells_right_modules_from_wrong_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    show_point(runs.replayed_run(), "model.layers.3.mlp", console=Console(width=200))
+    wrong = capsys.readouterr().out
+    show_point(runs.replayed_run(), "model.layers.3.self_attn", console=Console(width=200))
+    right = capsys.readouterr().out
+    assert "introduced here (wrong on the reference's own values)" in wrong
+    assert "inherited (right on the reference's own values)" in right
+    assert "rel_l2 2.0e-04   allowed 1.0e-03" in right
+
+
+def test_markdown_has_local_errors_beside_the_others() -> None:
+    lines = REPORTS.get("markdown")(runs.replayed_run()).decode().splitlines()
+    head = next(line for line in lines if line.startswith("| verdict")).split(" | ")
+    row = next(line for line in lines if "`model.layers.3.mlp`" in line and line.startswith("| fail")).split(" | ")
+    assert len(head) == len(row)
+    assert row[head.index("local")] == "0.25"
 
 
 def test_verbose_adds_every_failure() -> None:

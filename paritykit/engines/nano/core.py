@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
+from paritykit.captures.feed import Feed
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.nano.blocks import BlockManager
 from paritykit.engines.nano.config import NanoConfig
@@ -174,9 +175,14 @@ class NanoLLM:
                     chosen[output.id].append(output.token)
         return [chosen[i] for i in ids]
 
-    def begin_recording(self, folder: Path, points: list[str] | None) -> None:
-        """Record what is computed from now on, on every rank; requests need a ``label``."""
-        self.team.call("begin", str(folder), points)
+    def begin_recording(
+        self, folder: Path, points: list[str] | None, *, feed: Feed | None = None, cases: Sequence[str] = ()
+    ) -> None:
+        """Record what is computed from now on, on every rank; requests need a ``label``.
+
+        With ``feed`` modules are fed as it says, the labels being numbers of ``cases``.
+        """
+        self.team.call("begin", str(folder), points, msgspec.json.encode(feed) if feed else b"", list(cases))
 
     def end_recording(self, kind: Any) -> list[Any]:
         """What every rank wrote, read as ``kind``: a part of a capture, and the error that ended it, if any."""

@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import paritykit
+from paritykit.captures.feed import Feed, fully_fed
+from paritykit.captures.feeder import check_feed
 from paritykit.captures.manifest import Manifest, Part
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
@@ -24,7 +26,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.nano.core import NanoLLM, describe_settings
 from paritykit.engines.stages import merge_facts
 from paritykit.engines.strays import Watched, cache_facts
-from paritykit.errors import EngineError, UnknownNameError
+from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
 from paritykit.results import Side
@@ -49,6 +51,7 @@ class NanoEngine:
             "pipeline_parallel",
             "poison",
             "prefix_caching",
+            "replay",
             "teacher_forcing",
             "tensor_parallel",
         }
@@ -88,11 +91,22 @@ class NanoEngine:
         if self._arguments["provenance"]:
             self._ledgers = self._llm.team.call("ledger", kind=RankLedger)
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``; cases of a batch are scheduled together, as the engine's settings allow."""
+        if feed is not None:
+            check_feed(feed, cases)
         with CaptureFolder(out) as folder:
             self.llm.blocks.forget()
-            self.llm.begin_recording(folder.path, None if points.patterns is None else list(points.patterns))
+            patterns = None if points.patterns is None else list(points.patterns)
+            self.llm.begin_recording(folder.path, patterns, feed=feed, cases=[c.id for c in cases])
             try:
                 generated = self._generate(cases, progress)
             except BaseException:
@@ -104,6 +118,8 @@ class NanoEngine:
                     raise EngineError(f"recording on rank {rank} of nano failed: {error}")
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
             facts = {**merge_facts(self._facts()), "landings": landings, **cache_facts(self._watched())}
+            if feed is not None:
+                facts["fed"] = fully_fed(feed, [part for part, _ in ended])
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [part for part, _ in ended]), verify=False)
 
@@ -163,24 +179,6 @@ class NanoEngine:
         with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
             self.llm.team.call("save_parameters", folder)
             return [load_file(f"{folder}/rank{n}.safetensors") for n in range(self.llm.settings.ranks)]
-
-    def replay(self, module: str, *inputs: torch.Tensor) -> torch.Tensor:
-        """What one module gives for ``inputs``, ``[tokens, ...]`` each, taken as one request from position 0 on.
-
-        It runs on the stage that has it; under tensor parallelism inputs go to every rank of that as they are. Raises
-        UnknownNameError for an unknown module, UsageError for inputs that do not fit.
-        """
-        facts, size = self._facts(), self.llm.settings.tensor_parallel_size
-        stage = next((n // size for n, f in enumerate(facts) if module in f["modules"]), None)
-        if stage is None:
-            raise UnknownNameError("module of nano", module, merge_facts(facts)["modules"])
-        ranks = range(stage * size, (stage + 1) * size)
-        with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
-            source, target = f"{folder}/inputs.safetensors", f"{folder}/output.safetensors"
-            save_file({f"{n:03d}": t.contiguous() for n, t in enumerate(inputs)}, source)
-            self.llm.team.call("replay", module, source, target, ranks=ranks)
-            output: torch.Tensor = load_file(target)["output"]
-            return output
 
     @property
     def llm(self) -> NanoLLM:

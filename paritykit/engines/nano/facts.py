@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from paritykit.captures.recorder import Seen
+from paritykit.captures.recorder import Call, Seen
 from paritykit.engines.nano.attention import Attention
 from paritykit.engines.nano.linear import ColumnParallelLinear
 from paritykit.engines.nano.model import CausalLM, Decoder
+from paritykit.engines.nano.moe import Router
 from paritykit.engines.nano.rotary import Rotary
 from paritykit.engines.nano.weights import checkpoint_targets
 from paritykit.engines.reading import FirstTensor
@@ -74,6 +75,17 @@ class NanoReading:
         """See ``Reading.outputs``."""
         if not other_meaning(module) and not goes_on(module):
             yield from self._plain.outputs(module, output)
+
+    def put_input(self, module: nn.Module, call: Call, seen: Seen, tensor: torch.Tensor) -> Call:
+        """See ``Reading.put_input``."""
+        return self._plain.put_input(module, call, seen, tensor)
+
+    def put_output(self, module: nn.Module, output: Any, seen: Seen, tensor: torch.Tensor) -> Any:
+        """See ``Reading.put_output``; a router chooses anew by its other logits."""
+        if isinstance(module, Router):
+            shares, chosen = module.choose(tensor)
+            return tensor, shares.to(output[1].dtype), chosen
+        return self._plain.put_output(module, output, seen, tensor)
 
 
 def token_rows(count: int, tensor: torch.Tensor, key: str) -> torch.Tensor | None:

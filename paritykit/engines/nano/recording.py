@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from paritykit.captures.feeder import Feeder
 from paritykit.captures.manifest import CACHE_PORTS, Part, Segment
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
@@ -16,12 +17,20 @@ from paritykit.engines.nano.step import Step
 class Recording:
     """From ``Recording(...)`` to ``finish()``. The first failure ends it, not the run: ranks must stay in step."""
 
-    def __init__(self, model: CausalLM, folder: Path, *, rank: int, points: list[str] | None) -> None:
-        self._model = model
+    def __init__(
+        self, model: CausalLM, folder: Path, *, rank: int, points: list[str] | None, feeder: Feeder | None = None
+    ) -> None:
+        self._model, self._feeder = model, feeder
         self._part = PartWriter(folder, rank=rank)
         self._selection = Selection(points)
         self._recorder = Recorder(
-            model, self._part, reading=NanoReading(), selection=self._selection, alias=True, keep_error=True
+            model,
+            self._part,
+            reading=NanoReading(),
+            selection=self._selection,
+            alias=True,
+            keep_error=True,
+            feeder=feeder,
         )
         self._recorder.__enter__()
         self._labelled = False
@@ -69,4 +78,5 @@ class Recording:
         except OSError as failure:
             error, part = failure, Part()
         self._part.abandon()
+        part.fed = [] if self._feeder is None else self._feeder.fed
         return part, "" if error is None else f"{type(error).__name__}: {error}"

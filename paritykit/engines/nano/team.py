@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
@@ -129,7 +129,7 @@ class Team:
         try:
             place = self._recruit(settings) if settings.ranks > 1 else Place()
             self.worker = Worker(settings, place)
-            self._check(self._answers(self._others, None))
+            self._check(self._answers(None))
             self._everyone(Call("connect"), place.connect, self._patience)
         except (RuntimeError, AssertionError) as error:
             self.close(grace=0.0)
@@ -138,16 +138,14 @@ class Team:
             self.close(grace=0.0)
             raise
 
-    def call(self, method: str, *arguments: Any, kind: Any = None, ranks: Sequence[int] | None = None) -> list[Any]:
-        """What ``method`` gives on every rank, or on ``ranks``, in order; other ranks' answers are read as ``kind``.
+    def call(self, method: str, *arguments: Any, kind: Any = None) -> list[Any]:
+        """What ``method`` gives on every rank, in order; other ranks' answers are read as ``kind``.
 
         Raises EngineError if a rank fails or dies, on whichever rank that was, and UsageError where all refuse.
         """
-        own, answers = self._everyone(
-            Call(method, list(arguments)), lambda: getattr(self.worker, method)(*arguments), None, ranks=ranks
-        )
-        found = [msgspec.msgpack.decode(a.value, type=kind) if kind else None for a in answers]
-        return [own, *found] if ranks is None or 0 in ranks else found
+        call = Call(method, list(arguments))
+        own, answers = self._everyone(call, lambda: getattr(self.worker, method)(*arguments), None)
+        return [own, *(msgspec.msgpack.decode(a.value, type=kind) if kind else None for a in answers)]
 
     def run(self, plan: Plan) -> torch.Tensor:
         """See ``Worker.run``."""
@@ -174,28 +172,19 @@ class Team:
             self._others.append(RankProcess(rank, settings, store, threads=threads))
         return Place.of(0, settings, store=store)
 
-    def _everyone(
-        self,
-        call: Call,
-        own: Callable[[], Any],
-        patience: float | None,
-        *,
-        ranks: Sequence[int] | None = None,
-    ) -> tuple[Any, list[Answer]]:
-        """Do the same on all ranks, or on some. An error ends the team, but for a usage error that all agree on."""
+    def _everyone(self, call: Call, own: Callable[[], Any], patience: float | None) -> tuple[Any, list[Answer]]:
+        """Do the same on all ranks. An error ends the team, but for a usage error that all agree on."""
         if self._over:
             raise EngineError("nano's ranks were stopped after an error; open the engine again")
-        called = [r for r in self._others if ranks is None or r.rank in ranks]
-        mine = ranks is None or 0 in ranks
         refusal, value = None, None
         try:
-            for rank in called:
+            for rank in self._others:
                 rank.send(call)
             try:
-                value = own() if mine else None
+                value = own()
             except UsageError as error:
                 refusal = error
-            answers = self._answers(called, patience)
+            answers = self._answers(patience)
         except RuntimeError as error:
             reason = self._reason()
             self._end()
@@ -204,7 +193,7 @@ class Team:
         except BaseException:
             self._end()
             raise
-        refused = [a.usage for a in answers.values()] + [refusal is not None] * mine
+        refused = [refusal is not None, *(a.usage for a in answers.values())]
         if not all(refused) and (refusal is not None or any(a.failed for a in answers.values())):
             self._end()
         if refusal is not None:
@@ -230,9 +219,9 @@ class Team:
                     told.append((2 * answer.lost, str(_error(answer, rank.rank))))
         return min(told, default=(0, ""), key=lambda t: t[0])[1]
 
-    def _answers(self, called: list[RankProcess], patience: float | None) -> dict[int, Answer]:
-        """The answers of those ranks, by rank. Raises EngineError if one is gone or silent."""
-        return {rank.rank: rank.receive(patience) for rank in called}
+    def _answers(self, patience: float | None) -> dict[int, Answer]:
+        """The answers of the other ranks, by rank. Raises EngineError if one is gone or silent."""
+        return {rank.rank: rank.receive(patience) for rank in self._others}
 
     def _check(self, answers: Mapping[int, Answer]) -> None:
         """Raise what a rank failed with: one that failed by itself rather than one that waited for it."""

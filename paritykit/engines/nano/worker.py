@@ -9,6 +9,8 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
+from paritykit.captures.feed import Feed
+from paritykit.captures.feeder import Feeder
 from paritykit.captures.manifest import Part
 from paritykit.captures.recorder import Seen
 from paritykit.engines.checkpoint import Checkpoint
@@ -22,7 +24,6 @@ from paritykit.engines.nano.paged import PagedCache
 from paritykit.engines.nano.parameter import Build
 from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.recording import Recording
-from paritykit.engines.nano.replay import replay_module
 from paritykit.engines.nano.settings import Settings
 from paritykit.engines.nano.step import Plan, Step
 from paritykit.engines.nano.watch import plan_accesses, watch_caches
@@ -113,10 +114,16 @@ class Worker:
             return whole[step.sampled]
         return self.model.compute_logits(hidden[step.sampled]) if step.sampled else hidden.new_empty(0, 0)
 
-    def begin(self, folder: str, points: list[str] | None) -> None:
-        """Start recording into ``folder``; a recording that was left open is dropped."""
+    def begin(self, folder: str, points: list[str] | None, feed: bytes, cases: list[str]) -> None:
+        """Start recording into ``folder``; a recording that was left open is dropped.
+
+        ``feed`` (JSON, empty for none) is what the run is fed, ``cases`` the ids of the cases by their labels.
+        """
         self.end()
-        self._recording = Recording(self.model, Path(folder), rank=self.place.rank, points=points)
+        rank, feeder = self.place.rank, None
+        if feed:
+            feeder = Feeder(msgspec.json.decode(feed, type=Feed), rank=rank, cases=cases)
+        self._recording = Recording(self.model, Path(folder), rank=rank, points=points, feeder=feeder)
 
     def end(self) -> tuple[Part, str]:
         """Stop recording; this rank's part, and the error that ended it early, if any."""
@@ -174,13 +181,3 @@ class Worker:
         """Write every parameter as this rank holds it, to ``rank<n>.safetensors``."""
         tensors = {n: p.data.detach().cpu().clone() for n, p in self.model.named_parameters()}
         save_file(tensors, Path(folder) / f"rank{self.place.rank}.safetensors")
-
-    @torch.no_grad()
-    def replay(self, module: str, inputs: str, output: str) -> None:
-        """Run one module on the tensors in file ``inputs``; its stage's first rank writes what it gives to ``output``.
-
-        Called on the ranks of a stage that has it.
-        """
-        result = replay_module(self, module, Path(inputs))
-        if self.group.rank == 0:
-            save_file({"output": result.contiguous()}, output)

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from paritykit.captures.feed import Feed, fully_fed
+from paritykit.captures.feeder import check_feed
 from paritykit.captures.manifest import Manifest
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
@@ -62,6 +64,7 @@ class VllmEngine:
             "pipeline_parallel",
             "poison",
             "prefix_caching",
+            "replay",
             "teacher_forcing",
             "tensor_parallel",
         }
@@ -128,13 +131,24 @@ class VllmEngine:
         if target:
             self.call(target, arguments, host=True)
 
-    def run(self, cases: list[Case], *, points: Selection, out: Path, progress: Progress | None = None) -> Capture:
+    def run(
+        self,
+        cases: list[Case],
+        *,
+        points: Selection,
+        out: Path,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Capture:
         """See ``Engine.run``: every rank writes its own tensors, straight from its hooks."""
+        if feed is not None:
+            check_feed(feed, cases)
         with CaptureFolder(out) as folder:
             orders = Orders(
                 folder=str(folder.path),
                 points=None if points.patterns is None else list(points.patterns),
-                cases=[CaseOrder(len(c.tokens), list(c.forced), c.positions) for c in cases],
+                cases=[CaseOrder(len(c.tokens), list(c.forced), c.positions, c.id) for c in cases],
+                feed=feed,
             )
             generated, outcomes = self._recorded(orders, cases, progress)
             for rank, outcome in enumerate(outcomes):
@@ -145,6 +159,8 @@ class VllmEngine:
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
             watched = cache_facts([o.watched for o in outcomes])
             facts = {**merge_facts(self._facts), "landings": landings, **watched}
+            if feed is not None:
+                facts["fed"] = fully_fed(feed, [o.part for o in outcomes])
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
             return Capture.open(folder.commit(manifest, [o.part for o in outcomes]), verify=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from paritykit.captures.feed import Feed
 from paritykit.captures.manifest import Part
 from paritykit.engines.strays import Watched
 
@@ -11,19 +12,21 @@ CASE_KEY = "parity_case"
 
 
 class CaseOrder(msgspec.Struct, frozen=True, array_like=True):
-    """What the worker must know of a case: prompt length, ids to force, and how many positions it will compute."""
+    """What the worker must know of a case: prompt length, ids to force, how many positions it will compute, its id."""
 
     prompt: int
     forced: list[int]
     positions: int
+    id: str
 
 
 class Orders(msgspec.Struct, kw_only=True):
-    """One run: where to write, what to record, the cases by index."""
+    """One run: where to write, what to record, the cases by index, what to feed."""
 
     folder: str
     points: list[str] | None
     cases: list[CaseOrder]
+    feed: Feed | None = None
 
 
 class Outcome(msgspec.Struct, kw_only=True):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from paritykit.captures.recorder import Seen
+from paritykit.captures.recorder import Call, Seen
+from paritykit.engines.reading import exchange
 
 ROTARY = "vLLM's rotary module returns rotated q and k, not cos and sin; its effect shows at the attention's output"
 FUSED_ACTIVATION = "vLLM's activation multiplies gate and up; the product is compared as down_proj#input"
@@ -72,7 +73,7 @@ class VllmReading:
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
         """A norm's input is hidden plus residual: the residual stream; a row-parallel linear's is its slice."""
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        tensors = floating(args, kwargs)
         if is_norm(module) and tensors:
             (self._fused.add if len(tensors) > 1 else self._fused.discard)(id(module))
             yield Seen("input", tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0])
@@ -83,10 +84,36 @@ class VllmReading:
         """The tensor that the module of the same name gives in Hugging Face."""
         if other_meaning(module):
             return
-        apart = any(id(child) in self._fused for child in module.children())
-        tensor = meaning_of(module, output, apart=apart)
+        tensor = meaning_of(module, output, apart=self._apart(module))
         if tensor is not None:
             yield Seen("", tensor)
+
+    def put_input(self, module: nn.Module, call: Call, seen: Seen, tensor: torch.Tensor) -> Call:
+        """See ``Reading.put_input``: of hidden and residual the sum is what counts, so hidden becomes zero."""
+        del seen
+        tensors = floating(*call)
+        if not is_norm(module) or len(tensors) == 1:
+            return exchange(call, tensors[0], tensor)  # type: ignore[no-any-return]
+        zeroed = exchange(call, tensors[0], torch.zeros_like(tensor))
+        return exchange(zeroed, tensors[1], tensor)  # type: ignore[no-any-return]
+
+    def put_output(self, module: nn.Module, output: Any, seen: Seen, tensor: torch.Tensor) -> Any:
+        """See ``Reading.put_output``: as for the input, where a layer gives hidden and residual apart."""
+        del seen
+        if isinstance(output, torch.Tensor):
+            return tensor
+        first, *rest = output
+        if self._apart(module) and is_sum(module, output):
+            return type(output)((torch.zeros_like(first), tensor, *rest[1:]))
+        return type(output)((tensor, *rest))
+
+    def _apart(self, module: nn.Module) -> bool:
+        return any(id(child) in self._fused for child in module.children())
+
+
+def floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The floating-point tensors among the arguments of a call."""
+    return [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def meaning_of(module: nn.Module, output: Any, *, apart: bool = False) -> torch.Tensor | None:
@@ -95,9 +122,11 @@ def meaning_of(module: nn.Module, output: Any, *, apart: bool = False) -> torch.
         return output if output.is_floating_point() else None
     if not isinstance(output, tuple | list) or not output or not isinstance(output[0], torch.Tensor):
         return None
-    first = output[0]
+    return output[0] + output[1] if apart and is_sum(module, output) else output[0]
+
+
+def is_sum(module: nn.Module, output: Any) -> bool:
+    """Whether the first two tensors of an output can be hidden and residual."""
     second = output[1] if len(output) > 1 else None
-    whole = not apart or is_linear(module) or is_norm(module)
-    if whole or not isinstance(second, torch.Tensor) or second.shape != first.shape:
-        return first
-    return first + second
+    alike = isinstance(second, torch.Tensor) and second.shape == output[0].shape
+    return alike and not (is_linear(module) or is_norm(module))

@@ -14,6 +14,7 @@ import msgspec
 import torch
 from torch import nn
 
+from paritykit.captures.feeder import Feeder
 from paritykit.captures.manifest import CACHE_PORTS, Part, Segment, point_key
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
@@ -97,6 +98,8 @@ class _Session:
         self._watch = CacheWatch(runner, rank=rank, reader=self._caches) if watched else None
         self._undo: list[tuple[Any, str]] = []
         self._selection = Selection(orders.points)
+        feed, ids = orders.feed, [c.id for c in orders.cases]
+        self._feeder = None if feed is None else Feeder(feed, rank=rank, cases=ids)
         self._recorder = Recorder(
             self._model,
             self._part,
@@ -104,6 +107,7 @@ class _Session:
             alias=False,
             keep_error=True,
             selection=self._selection,
+            feeder=self._feeder,
         )
         first = self._model.register_forward_pre_hook(self._start)
         self._recorder.__enter__()
@@ -124,6 +128,7 @@ class _Session:
             part = self._part.finish() if error is None else Part()
         except OSError as failure:
             error, part = failure, Part()
+        part.fed = [] if self._feeder is None else self._feeder.fed
         return Outcome(
             part=part,
             chosen=self._chosen,
@@ -155,7 +160,8 @@ class _Session:
         logits = get_logits(*args, **kwargs)
         if logits is not None and self._recorder.active:
             with self._recorder.guard():
-                self._recorder.record(Seen("", logits), module=HEAD, kind="LogitsProcessor")
+                given = self._recorder.record(Seen("", logits), module=HEAD, kind="LogitsProcessor")
+                logits = logits if given is None else given
         return logits
 
     def _start(self, module: nn.Module, args: tuple[Any, ...]) -> None:

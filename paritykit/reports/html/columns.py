@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from paritykit.reports.html.rows import STATUSES, Row
+from paritykit.reports.replayed import local, origin
 from paritykit.reports.wording import layer
 from paritykit.results import Finding
 
@@ -64,6 +65,7 @@ def _index(rows: list[Row]) -> dict[str, Any]:
         for name in ("check", "case", "point", "metric", "allowed_source", "located")
     }
     columns |= {name: [_digits(getattr(f, name)) for f in found] for name in ("value", "allowed", "noise_floor")}
+    columns["local"] = [_digits(f.local.value if f.local else None) for f in found]
     columns["origin"] = [strings.number(f.origin or "") for f in found]
     columns["status"] = [STATUSES.index(row.status) for row in rows]
     columns["order"] = [f.order for f in found]
@@ -74,6 +76,8 @@ def _index(rows: list[Row]) -> dict[str, Any]:
 def _detail(row: Row, *, lean: bool) -> dict[str, Any]:
     finding = row.finding
     told: dict[str, Any] = {
+        "origin": origin(finding),
+        "local": local(finding),
         "message": finding.message,
         "mapping": finding.mapping,
         "candidate_point": finding.candidate_point,

@@ -9,8 +9,8 @@ from urllib.parse import quote
 from paritykit.reports.failure import cause_text
 from paritykit.reports.html.columns import spread
 from paritykit.reports.html.rows import LABELS, LETTERS, Row
+from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.wording import (
-    ORIGINS,
     extent,
     first_finding,
     headroom,
@@ -103,11 +103,13 @@ def _facts(results: Results, finding: Finding | None, point: str) -> list[tuple[
     where = " / ".join(part for part in (at.check, at.case) if part) if at else ""
     facts = [
         ("where", where),
-        ("origin", ORIGINS[first.origin] if first and first.origin else ""),
+        ("origin", origin(finding) if first and finding else ""),
         ("seen at", finding.point if finding and finding.point != point else ""),
+        ("local", local(finding) if finding else ""),
         ("extent", extent(finding) if finding else ""),
         ("detail", finding.message if finding else ""),
         *(("cause", cause_text(cause)) for cause in causes[:2]),
+        *culprits(results),
         ("after", f"{inherited_after(results):,} later points are inherited" if inherited_after(results) else ""),
     ]
     ratio = headroom(finding) if finding and not first else None

@@ -13,7 +13,7 @@ async function loadData() {
   const text = (name) => (i) => strings[columns[name][i]];
   data.get = {};
   for (const name of ["check", "case", "point", "metric", "allowed_source", "origin", "located"]) data.get[name] = text(name);
-  for (const name of ["value", "allowed", "noise_floor", "order", "layer"]) data.get[name] = (i) => columns[name][i];
+  for (const name of ["value", "allowed", "local", "noise_floor", "order", "layer"]) data.get[name] = (i) => columns[name][i];
   data.get.status = (i) => statuses[columns.status[i]];
   data.get.ratio = (i) => (columns.value[i] === null || !columns.allowed[i] ? null : columns.value[i] / columns.allowed[i]);
 }

@@ -1,7 +1,5 @@
 // The drawer of one finding: every number with what was allowed and why, and the mapping, so that a reader can doubt the tool.
 
-const PLACE = { introduced: "introduced here: its input is within tolerance", inherited: "inherited: its input is already beyond tolerance" };
-
 async function openDetails(i, { focus = true } = {}) {
   state.picked = i;
   reveal(i);
@@ -32,7 +30,7 @@ function detailParts(i, detail) {
       el("button", { class: "ghost", type: "button", "aria-label": "Close details", on: { click: closeDetails } }, "Close")),
     el("h2", {}, name(get.point(i), 6000)),
     factList([
-      ["origin", PLACE[get.origin(i)]], ["blamed on", get.located(i) !== get.point(i) ? get.located(i) : ""],
+      ["origin", detail.origin], ["local", detail.local], ["blamed on", get.located(i) !== get.point(i) ? get.located(i) : ""],
       ["detail", detail.message], ["beyond", rangesText(detail)],
     ]),
     get.metric(i) ? axis(i) : null, ...causeParts(detail), ...profileParts(i, detail), ...metricParts(i, detail),

@@ -1,7 +1,7 @@
 // The findings table: only the rows in sight are in the page.
 
 const HEIGHT = 27, MARGIN = 8;
-const NUMERIC = new Set(["value", "allowed", "ratio", "noise_floor"]);
+const NUMERIC = new Set(["value", "allowed", "ratio", "local", "noise_floor"]);
 const RANK = { fail: 0, error: 1, inconclusive: 2, unmatched: 3, notrun: 4, pass: 5, skip: 6 };
 const table = { rows: [], folds: new Map(), open: new Set(), parent: new Map(), cursor: -1, from: -1, to: -1 };
 
@@ -76,12 +76,12 @@ function draw() {
   Object.assign(table, { from, to });
   const rows = [];
   for (let at = from; at < to; at++) rows.push(rowOf(table.rows[at], at));
-  if (!count) rows.push(el("tr", { class: "empty" }, el("td", { colspan: 11 }, "No finding matches this search. Esc clears it.")));
+  if (!count) rows.push(el("tr", { class: "empty" }, el("td", { colspan: 12 }, "No finding matches this search. Esc clears it.")));
   $("#table").setAttribute("aria-rowcount", count + 1);
   $("#body").replaceChildren(space(from), ...rows, space(count - to));
 }
 
-const space = (rows) => el("tr", { class: "space", "aria-hidden": "true" }, el("td", { colspan: 11, style: `height:${rows * HEIGHT}px` }));
+const space = (rows) => el("tr", { class: "space", "aria-hidden": "true" }, el("td", { colspan: 12, style: `height:${rows * HEIGHT}px` }));
 
 function rowOf(i, at) {
   const { get } = data;
@@ -90,8 +90,8 @@ function rowOf(i, at) {
   const cell = (className, ...content) => el("td", { class: className }, ...content);
   const numbers = get.metric(i)
     ? [cell("name", name(get.metric(i), 60)), cell("num", measured(i)), cell("num", number(get.allowed(i))),
-      cell("num ratio", ratioText(i)), cell("num", number(get.noise_floor(i))), el("td", { class: "why", title: sourceText(i) }, shorten(sourceText(i), 120))]
-    : [el("td", { class: "why", colspan: 6, "data-message": i })];
+      cell("num ratio", ratioText(i)), cell("num local", get.local(i) === null ? "" : number(get.local(i))), cell("num", number(get.noise_floor(i))), el("td", { class: "why", title: sourceText(i) }, shorten(sourceText(i), 120))]
+    : [el("td", { class: "why", colspan: 7, "data-message": i })];
   if (!get.metric(i)) fillMessage(i, numbers[0]);
   return el("tr", { class: classes, "data-row": i, "aria-rowindex": at + 2, "aria-current": at === table.cursor && "true" },
     cell("status", icon(status), STATUS_WORDS[status]), cell("name", name(get.check(i), 60)), cell("name", name(get.case(i), 60)),

@@ -1,0 +1,121 @@
+"""Replaying the candidate: it runs again with the reference's values put in, and what it makes of them is judged."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Selection
+from paritykit.case import Case
+from paritykit.checks.base import Subject
+from paritykit.checks.measured import measure_point
+from paritykit.diagnose.replay import Descent, Look, Place, Replayed, refine
+from paritykit.diagnose.tree import Tree
+from paritykit.engines.base import Progress
+from paritykit.errors import ParityError
+from paritykit.mapping.feeding import can_feed, make_feed
+from paritykit.results import Finding, Local
+
+CHECKS = ("modules", "logits")
+"""Whose findings are about points that can be replayed."""
+UNMAPPED = ("shape", "mapping")
+"""Failures that no number was measured for."""
+
+
+class Replays:
+    """Local errors for the findings of a subject, from further runs of ``engine``, which is open; each case once."""
+
+    def __init__(self, subject: Subject, engine: Any, *, progress: Progress | None = None) -> None:
+        self._subject, self._engine, self._progress = subject, engine, progress
+        self._rules = {r.reference: r for r in subject.mapping.rules}
+        self._known: dict[str, Replayed] = {}
+
+    def explain(self, findings: list[Finding]) -> list[Finding]:
+        """``findings`` with local errors where a case failed; as they are where the engine cannot replay.
+
+        A replay that fails costs none of them: the first failure says why it has no local error.
+        """
+        if "replay" not in self._engine.capabilities:
+            return findings
+        mine = [f for f in findings if f.check in CHECKS]
+        failing = [f for f in mine if f.verdict == "fail" and f.metric not in UNMAPPED]
+        cases = [c for c in dict.fromkeys(f.case for f in failing) if c not in self._known]
+        try:
+            if cases:
+                replayed = self._replayed(cases, [f for f in mine if f.case in cases])
+                self._known |= dict.fromkeys(cases, replayed)
+        except ParityError as error:
+            self._known |= dict.fromkeys(cases, Replayed())
+            return [_unmeasured(f, str(error)) if f is failing[0] else f for f in findings]
+        return [
+            refine([f], self._known[f.case])[0] if f.check in CHECKS and f.case in self._known else f for f in findings
+        ]
+
+    def _replayed(self, cases: Sequence[str], free: Iterable[Finding]) -> Replayed:
+        manifest = self._subject.reference.manifest
+        graph = self._subject.graph
+        todo = with_neighbours(self._subject.candidate, cases)
+        descent = Descent(
+            graph=graph,
+            tree=Tree(manifest),
+            points=sorted(self._rules, key=graph.order),
+            free=free,
+            run=lambda replaced, shown: self._look(replaced, shown, todo, cases),
+        )
+        return descent.replay()
+
+    def _look(self, replaced: Sequence[str], shown: Sequence[str], todo: list[Case], cases: Sequence[str]) -> Look:
+        subject = self._subject
+        fed = [k for k in replaced if can_feed(self._rules[k])]
+        feed = make_feed(
+            (self._rules[k] for k in fed),
+            reference=subject.reference.manifest,
+            folder=subject.reference.path,
+            candidate=subject.candidate.manifest,
+        )
+        points = [p for k in shown for p in (self._rules[k].candidate, self._rules[k].plus) if p]
+        if self._progress:
+            self._progress("replaying", 0, 0)
+        with tempfile.TemporaryDirectory(prefix="paritykit-replay-") as folder:
+            out = Path(folder) / "capture"
+            capture = self._engine.run(todo, points=Selection(points), out=out, progress=self._progress, feed=feed)
+            done = set(capture.manifest.facts["fed"])
+            whole = [k for k in fed if self._rules[k].candidate in done]
+            found = self._measured(capture, shown, cases, replaced=whole)
+        return Look(found, frozenset(whole))
+
+    def _measured(
+        self, capture: Capture, shown: Sequence[str], cases: Sequence[str], *, replaced: Sequence[str]
+    ) -> dict[Place, Finding]:
+        subject = self._subject
+        again = Subject(
+            reference=subject.reference,
+            candidate=capture,
+            mapping=subject.mapping,
+            tolerance=subject.tolerance,
+            tolerance_source=subject.tolerance_source,
+        )
+        orders = sorted(subject.graph.order(k) for k in replaced)
+        found = {}
+        for key in (k for k in shown if self._rules[k].candidate in capture.points):
+            order = subject.graph.order(key)
+            depth = order - max((o for o in orders if o < order), default=0)
+            for case in cases:
+                rule = self._rules[key]
+                found[case, key] = measure_point(again, rule, case, check="replay", depth=depth)
+        return found
+
+
+def with_neighbours(capture: Capture, cases: Iterable[str]) -> list[Case]:
+    """The cases as they were run, with all that were in a batch with one of them."""
+    batches = {capture.cases[c].batch for c in cases}
+    return [c for c in capture.cases.values() if c.batch in batches]
+
+
+def _unmeasured(finding: Finding, reason: str) -> Finding:
+    return msgspec.structs.replace(finding, local=Local(verdict="error", message=reason))
