@@ -1,0 +1,53 @@
+"""Every cause that ParityKit can name: code, what it is, how it is tested, where it happened. Torch-free.
+
+Another package adds a cause through the entry point group ``paritykit.causes``: a ``CauseKind``, whose ``tests`` is
+``package.module:function``, a function from a ``Scene`` to ``Trial`` and ``Pattern``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from paritykit.diagnose.causes.table import TABLE
+from paritykit.errors import UnknownNameError
+from paritykit.registry import Registry, load_attribute
+
+CAUSES: Registry[CauseKind] = Registry("cause")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CauseKind:
+    """A cause: ``what`` is wrong, how it is ``tested``, what to ``look`` at, where it was ``seen`` in public.
+
+    ``tests`` is where its hypotheses come from, ``package.module:function``; empty for what is never tested.
+    """
+
+    code: str
+    name: str
+    what: str
+    tested: str
+    look: str
+    seen: tuple[str, ...] = ()
+    tests: str = ""
+
+    def hypotheses(self, scene: Any) -> Iterable[Any]:
+        """Its hypotheses and patterns for a scene; none where it is not tested. Imports torch."""
+        if not self.tests:
+            return ()
+        found: Iterable[Any] = load_attribute(self.tests, kind="cause")(scene)
+        return found
+
+
+for _row in TABLE:
+    CAUSES.register(_row["name"], CauseKind(**_row))  # type: ignore[arg-type]
+UNKNOWN = CAUSES.get("unknown")
+
+
+def find_cause(name: str) -> CauseKind:
+    """The cause of that name or code. Raises UnknownNameError with the nearest."""
+    for known, kind in CAUSES.items():
+        if name in (known, kind.code) or name.upper() == kind.code:
+            return kind
+    raise UnknownNameError("cause", name, [n for known, kind in CAUSES.items() for n in (known, kind.code)])

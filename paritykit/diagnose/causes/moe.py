@@ -1,0 +1,3 @@
+"""x"""
+def routing(s): return ()
+def shares(s): return ()
