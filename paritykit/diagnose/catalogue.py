@@ -1,12 +1,12 @@
 """Every cause that ParityKit can name: code, what it is, how it is tested, where it happened. Torch-free.
 
-Another package adds a cause through the entry point group ``paritykit.causes``: a ``CauseKind``, whose ``tests`` is
-``package.module:function``, a function from a ``Scene`` to ``Trial`` and ``Pattern``.
+Another package adds a cause through the entry point group ``paritykit.causes``: a ``CauseKind``, whose ``tests`` are
+``package.module:function``, functions from a ``Scene`` to ``Trial`` and ``Pattern``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from paritykit.diagnose.causes.table import TABLE
 from paritykit.errors import UnknownNameError
 from paritykit.registry import Registry, load_attribute
 
+HERE = "paritykit.diagnose.causes"
 CAUSES: Registry[CauseKind] = Registry("cause")
 
 
@@ -21,7 +22,8 @@ CAUSES: Registry[CauseKind] = Registry("cause")
 class CauseKind:
     """A cause: ``what`` is wrong, how it is ``tested``, what to ``look`` at, where it was ``seen`` in public.
 
-    ``tests`` is where its hypotheses come from, ``package.module:function``; empty for what is never tested.
+    ``tests`` are the functions that its hypotheses come from, ``package.module:function``, or ``module:function`` for
+    those of ``paritykit.diagnose.causes``; empty for what is never tested.
     """
 
     code: str
@@ -30,14 +32,13 @@ class CauseKind:
     tested: str
     look: str
     seen: tuple[str, ...] = ()
-    tests: str = ""
+    tests: tuple[str, ...] = ()
 
-    def hypotheses(self, scene: Any) -> Iterable[Any]:
-        """Its hypotheses and patterns for a scene; none where it is not tested. Imports torch."""
-        if not self.tests:
-            return ()
-        found: Iterable[Any] = load_attribute(self.tests, kind="cause")(scene)
-        return found
+    def sources(self) -> Iterator[Callable[[Any], Iterable[Any]]]:
+        """The functions from a scene to its hypotheses and patterns. Imports torch."""
+        for target in self.tests:
+            module = target.partition(":")[0]
+            yield load_attribute(target if "." in module else f"{HERE}.{target}", kind=f"cause {self.name!r}")
 
 
 for _row in TABLE:

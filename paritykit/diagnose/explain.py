@@ -158,10 +158,11 @@ def _tried(scene: Scene, bar: Bar) -> tuple[list[Named], list[tuple[CauseKind, P
 
 
 def _hypotheses(kind: CauseKind, scene: Scene) -> Iterator[Trial | Pattern]:
-    try:
-        yield from kind.hypotheses(scene)
-    except ODD as error:
-        log.debug("%s is not tested further at %s: %s: %s", kind.name, scene.point, type(error).__name__, error)
+    for source in kind.sources():
+        try:
+            yield from source(scene)
+        except ODD as error:  # noqa: PERF203
+            log.debug("%s is not tested further at %s: %s: %s", kind.name, scene.point, type(error).__name__, error)
 
 
 def _guarded(kind: CauseKind, label: str, hold: Callable[[], Tried]) -> Tried | None:

@@ -1,4 +1,13 @@
 """x"""
-def slot(s): return ()
-def block_table(s): return ()
-def stale(s): return ()
+
+
+def slot(s):
+    return ()
+
+
+def block_table(s):
+    return ()
+
+
+def stale(s):
+    return ()

@@ -144,7 +144,10 @@ def scaling(scene: Scene) -> Iterator[Trial]:
         label = f"with cos and sin multiplied by {measured.magnitude / own.magnitude:.4g}"
         yield from with_rotation(attention, label, replace(own, magnitude=measured.magnitude), free=1)
     yield from with_rotation(
-        attention, "with the frequencies measured from the candidate's keys", replace(measured, magnitude=own.magnitude), free=2
+        attention,
+        "with the frequencies measured from the candidate's keys",
+        replace(measured, magnitude=own.magnitude),
+        free=2,
     )
 
 

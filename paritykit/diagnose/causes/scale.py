@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from paritykit.diagnose.bench.linear import linear_of
+from paritykit.diagnose.causes.weights import row_parallel
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
@@ -23,9 +24,12 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
     theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
     rows = theirs.isfinite().all(1) & ours.isfinite().all(1)
     factor = ratio(ours[rows], theirs[rows])
+    # A sum over ranks made twice, or shares of experts, give a factor too, and are then the likelier mistake.
+    prior = 0.1 if row_parallel(scene) or "Experts" in scene.kind(scene.module) else 1.0
     if abs(factor) > SMALLEST and abs(factor - 1) > CLOSE:
         text, free = named(factor, scene.config)
-        yield Trial(f"multiplied by {text}", lambda case: scene.reference(scene.point, case) * factor, free=free)
+        label = f"multiplied by {text}"
+        yield Trial(label, lambda case: scene.reference(scene.point, case) * factor, free=free, prior=prior)
     linear = linear_of(scene, scene.module) if not scene.port else None
     if linear is not None and linear.bias is not None:
         bias = linear.bias
@@ -33,7 +37,9 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
         text, free = named(inner, scene.config)
         if abs(inner) > SMALLEST and abs(inner - 1) > CLOSE:
             label = f"with the product before the bias multiplied by {text}"
-            yield Trial(label, lambda case: (scene.reference(scene.point, case) - bias) * inner + bias, free=free)
+            yield Trial(
+                label, lambda case: (scene.reference(scene.point, case) - bias) * inner + bias, free=free, prior=prior
+            )
 
 
 def ratio(ours: torch.Tensor, theirs: torch.Tensor) -> float:
