@@ -89,7 +89,8 @@ class ParitySession:
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
-        return self._keep(name, Answer(coverage=check.cover(subject), findings=check.run(subject, case)))
+        found = self._session.explained(check.run(subject, case))
+        return self._keep(name, Answer(coverage=check.cover(subject), findings=found))
 
     def hold(self, name: str, cases: CaseSet) -> Results:
         """Run a check of invariance on cases of its own; nothing is kept for the report but a failure.

@@ -30,7 +30,7 @@ from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
-from paritykit.records import assemble, case_infos, checkpoint_side, run_record
+from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 
 
@@ -132,15 +132,20 @@ class Session:
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
+        found = self.explained([f for a in answers for f in a.findings] + findings)
         return assemble(
             self.run_record(names, command=command),
             coverage=[a.coverage for a in answers] + coverage,
-            findings=[f for a in answers for f in a.findings] + findings,
+            findings=found,
             weights=[w for a in answers for w in a.weights],
             cases=case_infos(subject, free=self._free) if subject else [],
             config=self.config,
             seconds=time.monotonic() - started,
         )
+
+    def explained(self, findings: list[Finding]) -> list[Finding]:
+        """The findings with the causes of the first points that differ."""
+        return explain_findings(findings, subject=self.__dict__.get("subject"), checkpoint=self._checkpoint)
 
     def answer(self, check: ModelCheck) -> Answer:
         """What a model check finds; that it was skipped, where there is not what it needs."""
@@ -287,7 +292,7 @@ def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint
     return assemble(
         run_record(checkpoint_side(checkpoint), side, ["weights"]),
         coverage=[judged.coverage],
-        findings=judged.findings,
+        findings=explain_findings(judged.findings, subject=None),
         weights=judged.rows,
         cases=[],
         config=load_config(),
@@ -301,7 +306,7 @@ def audit_results(found: Audit, model: str, *, command: list[str] | None = None)
     return assemble(
         run_record(side, side, ["checkpoint"], command=command),
         coverage=[answer.coverage],
-        findings=answer.findings,
+        findings=explain_findings(answer.findings, subject=None),
         cases=[],
         config=load_config(),
     )
@@ -332,6 +337,7 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
+    findings = explain_findings(findings, subject=subject)
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 

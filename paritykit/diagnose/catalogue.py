@@ -42,7 +42,7 @@ class CauseKind:
 
 
 for _row in TABLE:
-    CAUSES.register(_row["name"], CauseKind(**_row))  # type: ignore[arg-type]
+    CAUSES.register(_row["name"], CauseKind(**_row))
 UNKNOWN = CAUSES.get("unknown")
 
 

@@ -28,11 +28,10 @@ def _tokens(scene: Scene, bar: Bar) -> str:
     wrong, judged = int(bar.wrong.sum()), int((bar.judged | bar.spoilt).sum())
     if bar.in_decode_only:
         return f"decoded positions only ({wrong} of {judged})"
-    starts, lengths = [], [scene.length(c) for c in scene.cases]
-    for part, there in zip(bar.wrong.split(lengths), bar.judged.split(lengths), strict=True):
-        if part.any() and there.any():
-            starts.append(int(part.nonzero()[0]))
-    first = f" from position {min(starts)} on" if starts and min(starts) else ""
+    lengths = torch.tensor([scene.length(c) for c in scene.cases])
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])
+    start = int(positions[bar.wrong].min()) if bar.wrong.any() else 0
+    first = f" from position {start} on" if start else ""
     return f"{wrong} of {judged} positions differ{first}"
 
 

@@ -19,13 +19,16 @@ from paritykit.captures.reader import Capture
 from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, fallback
 from paritykit.diagnose.catalogue import CAUSES, UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
-from paritykit.diagnose.scene import ReadTensor, Scene
-from paritykit.diagnose.trial import Bar, Pattern, Tried, Trial
+from paritykit.diagnose.known import weights_of
+from paritykit.diagnose.scene import LAYER, ReadTensor, Scene
+from paritykit.diagnose.trial import Bar, Pattern, Trial, Tried
 from paritykit.mapping.rules import Rule
 from paritykit.results import Cause, Finding
 
 log = logging.getLogger(__name__)
 SHOWN = 3
+COMPARING = ("modules", "logits", "tokens")
+"""Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
 """Points that are explained: the first, and others of its layer that have a reason of their own."""
 ODD = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, NotImplementedError)
@@ -38,6 +41,34 @@ class Named:
 
     kind: CauseKind
     tried: Tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Two captures, the rules between them by the reference's point, and the reference's checkpoint."""
+
+    reference: Capture
+    candidate: Capture
+    rules: Mapping[str, Rule]
+    config: Mapping[str, Any] | None = None
+    read: ReadTensor | None = None
+
+    def scene(self, point: str, findings: list[Finding]) -> Scene:
+        """The scene of a point, from its findings in all cases: those that fail come first, the short ones before."""
+        failing = [f for f in findings if f.verdict == "fail"]
+        cases = self.reference.cases
+        first = sorted((f.case for f in failing), key=lambda c: cases[c].positions)
+        return Scene(
+            reference=self.reference,
+            candidate=self.candidate,
+            rules=self.rules,
+            point=point,
+            located=failing[0].located,
+            cases=dict.fromkeys([*first, *cases]),
+            allowed=_allowed(findings),
+            config=self.config,
+            read=self.read,
+        )
 
 
 def explain(
@@ -54,19 +85,38 @@ def explain(
     ``rules`` are the mapping between both captures, ``config`` and ``read`` the reference's checkpoint.
     """
     known = list(findings)
+    table = {r.reference: r for r in rules}
+    sides = Sides(reference=reference, candidate=candidate, rules=table, config=config, read=read)
     by_point: dict[str, list[Finding]] = defaultdict(list)
     for finding in known:
-        by_point[finding.point].append(finding)
-    made: dict[str, list[Cause]] = {}
-    table = {r.reference: r for r in rules}
-    for point in _first_points(known):
-        if point in table and point in reference.points:
-            scene = _scene(point, by_point[point], reference, candidate, table, config, read)
-            made[point] = causes_of(scene) if scene.cases else []
+        if finding.check in COMPARING:
+            by_point[finding.point].append(finding)
+    made = {p: _explained(p, by_point[p], known, sides) for p in _first_points(known)}
     return [
-        msgspec.structs.replace(f, causes=made[f.point]) if f.verdict == "fail" and f.point in made else f
+        msgspec.structs.replace(f, causes=made[f.point])
+        if f.verdict == "fail" and f.check in COMPARING and f.point in made
+        else f
         for f in known
     ]
+
+
+def _explained(point: str, findings: list[Finding], known: list[Finding], sides: Sides) -> list[Cause]:
+    """The causes of one point. What check ``weights`` says of its module comes first: it looked at the weights."""
+    if point not in sides.rules or point not in sides.reference.points:
+        return [_not_computed(findings[0])]
+    scene = sides.scene(point, findings)
+    parameters: dict[str, str] = sides.reference.manifest.facts.get("parameters", {})
+    told = weights_of(known, scene.module, parameters)
+    tested = causes_of(scene) if scene.cases else []
+    sure = {c.name: c for c in reversed(told)}
+    others = [c for c in tested if c.name not in sure and not (told and c.name == UNKNOWN.name)]
+    return [*sure.values(), *others][:SHOWN]
+
+
+def _not_computed(finding: Finding) -> Cause:
+    """The cause of what is no tensor: a token chosen from equal logits, a point of another size."""
+    text = f"there is no computation to test at {finding.point}: {finding.message or 'every tensor compared is right'}"
+    return Cause(code=UNKNOWN.code, name=UNKNOWN.name, confidence=0.0, evidence=text)
 
 
 def causes_of(scene: Scene) -> list[Cause]:
@@ -89,7 +139,8 @@ def causes_of(scene: Scene) -> list[Cause]:
 
 def _first_points(findings: list[Finding]) -> list[str]:
     """The first point that differs in each case, and what else is wrong beside it with right inputs, in order."""
-    failing = sorted((f for f in findings if f.verdict == "fail"), key=lambda f: (f.origin == "inherited", f.order))
+    compared = [f for f in findings if f.verdict == "fail" and f.check in COMPARING]
+    failing = sorted(compared, key=lambda f: (f.origin == "inherited", f.order))
     if not failing:
         return []
     first = failing[0]
@@ -98,35 +149,8 @@ def _first_points(findings: list[Finding]) -> list[str]:
 
 
 def _layer(point: str) -> str:
-    from paritykit.diagnose.scene import LAYER
-
     found = LAYER.match(point)
     return found[1] if found else point
-
-
-def _scene(
-    point: str,
-    findings: list[Finding],
-    reference: Capture,
-    candidate: Capture,
-    rules: Mapping[str, Rule],
-    config: Mapping[str, Any] | None,
-    read: ReadTensor | None,
-) -> Scene:
-    failing = [f for f in findings if f.verdict == "fail"]
-    short = sorted(failing, key=lambda f: (f.positions is None, reference.cases[f.case].positions))
-    others = [c for c in reference.cases if c not in {f.case for f in short}]
-    return Scene(
-        reference=reference,
-        candidate=candidate,
-        rules=rules,
-        point=point,
-        located=failing[0].located,
-        cases=[*dict.fromkeys(f.case for f in short), *others],
-        allowed=_allowed(findings),
-        config=config,
-        read=read,
-    )
 
 
 def _allowed(findings: list[Finding]) -> Tolerance:
@@ -143,7 +167,7 @@ def _tried(scene: Scene, bar: Bar) -> tuple[list[Named], list[tuple[CauseKind, P
     """The best hypothesis of each cause, and the patterns that were seen."""
     named: list[Named] = []
     patterns: list[tuple[CauseKind, Pattern]] = []
-    for _, kind in CAUSES.items():
+    for kind in [kind for _, kind in CAUSES.items()]:
         tried: list[Tried] = []
         for found in _hypotheses(kind, scene):
             if isinstance(found, Pattern):
@@ -161,7 +185,7 @@ def _hypotheses(kind: CauseKind, scene: Scene) -> Iterator[Trial | Pattern]:
     for source in kind.sources():
         try:
             yield from source(scene)
-        except ODD as error:  # noqa: PERF203
+        except ODD as error:
             log.debug("%s is not tested further at %s: %s: %s", kind.name, scene.point, type(error).__name__, error)
 
 

@@ -112,7 +112,7 @@ class Scene:
         return torch.tensor(found[: self.length(case)])
 
     def reference(self, key: str, case: str) -> torch.Tensor:
-        """The reference's rows of a point. Raises KeyError where it has not all positions."""
+        """The reference's rows of a point; NaN at positions that it has not. KeyError for no such point."""
         return self.once(("reference", key, case), lambda: self._reference(key, case))
 
     def candidate(self, key: str, case: str) -> torch.Tensor:
@@ -154,11 +154,13 @@ class Scene:
         return self.tensor(names[0]) if len(names) == 1 else None
 
     def _reference(self, key: str, case: str) -> torch.Tensor:
-        point = self.points[key]
-        spans = self.reference_capture.spans(point, case)
-        if sum(s.length for s in spans) != self.length(case):
-            raise KeyError(f"{key} has not all positions of case {case!r}")
-        return flat(self.reference_capture.rows(key, case)).to(self.dtype)
+        spans = self.reference_capture.spans(self.points[key], case)
+        rows = flat(self.reference_capture.rows(key, case)).to(self.dtype)
+        if len(rows) == self.length(case):
+            return rows
+        found = torch.full((self.length(case), self.width(key)), math.nan, dtype=self.dtype)
+        found[[p for s in spans for p in range(s.position, s.position + s.length)]] = rows
+        return found
 
     def _candidate(self, key: str, case: str) -> torch.Tensor:
         found = torch.full((self.length(case), self.width(key)), math.nan, dtype=self.dtype)
@@ -171,13 +173,12 @@ class Scene:
         return [(s.position, s.position + s.length) for s in spans]
 
     def _affordable(self, cases: Iterable[str]) -> list[str]:
-        """As many cases as fit the budget, the first in any case; those that the point has all positions of."""
+        """As many of the cases that the point has any position of as fit the budget, the first in any case."""
         found: list[str] = []
         left = ROW_BUDGET
         for case in cases:
             spans = self.reference_capture.spans(self.points[self.point], case)
-            whole = sum(s.length for s in spans) == self.length(case)
-            if whole and (not found or self.length(case) <= left):
+            if spans and (not found or self.length(case) <= left):
                 found.append(case)
                 left -= self.length(case)
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -88,9 +88,12 @@ class Attention:
         return attend(*heads, core=chosen, mask=mask or chosen.sees)
 
     def predict(self, case: str, context: torch.Tensor) -> torch.Tensor:
-        """What the scene's point would be if the output projection were fed with ``context``. KeyError if it says not."""
+        """What the scene's point would be if the output projection were fed with ``context``.
+
+        Raises KeyError for a point that is made of more than that.
+        """
         scene = self.scene
-        right = self.once("right", case, lambda: self.output(self.turned(case)))
+        right: torch.Tensor = self.once("right", case, lambda: self.output(self.turned(case)))
         fed = scene.reference(self.context, case) + (context - right)
         if scene.point == self.context:
             return fed
@@ -171,7 +174,7 @@ def find_heads(scene: Scene, module: str) -> tuple[Source, Source, Source] | Non
         key = f"{module}.{name}"
         if scene.width(key) == context + 2 * width:
             edges = (0, context, context + width, context + 2 * width)
-            query, keys, values = (Source(key, a, b) for a, b in zip(edges, edges[1:], strict=False))
+            query, keys, values = (Source(key, a, b) for a, b in pairwise(edges))
             return query, keys, values
     found = []
     for names, size in ((("q_norm", "q_proj"), context), (("k_norm", "k_proj"), width), (("v_norm", "v_proj"), width)):

@@ -59,7 +59,7 @@ def _linear_of(scene: Scene, module: str) -> Linear | None:
 
 def is_head(scene: Scene, module: str) -> bool:
     """Whether a module gives the logits over the vocabulary."""
-    return module == scene.reference_capture.manifest.facts.get("head", "lm_head")
+    return bool(module == scene.reference_capture.manifest.facts.get("head", "lm_head"))
 
 
 def embedding_module(scene: Scene) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -106,10 +107,14 @@ def _mixture_of(scene: Scene, functions: dict[str, Function]) -> Mixture | None:
         found = Mixture(scene, parent, router, experts, weights, function, Choice(1, renormalise=True))
         made = {c: found._outputs(c, weights, function) for c in scene.cases}
         for choice in _choices(scene):
-            compute = lambda case, choice=choice, made=made: mix(choice.shares(found.logits(case)), made[case])  # noqa: E731
-            if reproduces(scene, experts, compute):
-                return replace(found, choice=choice)
+            tried = replace(found, choice=choice)
+            if reproduces(scene, experts, partial(_mixed_plainly, tried, made)):
+                return tried
     return None
+
+
+def _mixed_plainly(mixture: Mixture, made: dict[str, torch.Tensor], case: str) -> torch.Tensor:
+    return mix(mixture.choice.shares(mixture.logits(case)), made[case])
 
 
 def _choices(scene: Scene) -> Iterator[Choice]:

@@ -149,10 +149,11 @@ def permuted(scene: Scene) -> Iterator[Trial]:
         "with keys and values in each other's place before rotation", partial(_exchanged, attention, turned=False)
     )
     for label, change in _layouts(attention).items():
-        yield Trial(
-            f"with heads {label}",
-            lambda case, c=change: attention.predict(case, c(attention.output(attention.turned(case)))),
-        )  # type: ignore[misc]
+        yield Trial(f"with heads {label}", partial(_laid_out, attention, change))
+
+
+def _laid_out(attention: Attention, change: Callable[[torch.Tensor], torch.Tensor], case: str) -> torch.Tensor:
+    return attention.predict(case, change(attention.output(attention.turned(case))))
 
 
 def _in_turn(attention: Attention, case: str) -> torch.Tensor:

@@ -72,7 +72,7 @@ def _exchanged_parts(mixture: Mixture) -> Iterator[Trial]:
 
 
 def solved(mixture: Mixture, case: str) -> torch.Tensor:
-    """Each expert's share in the candidate's rows, ``[positions, experts]``, by least squares; NaN where it has none."""
+    """Each expert's share in the candidate's rows by least squares, ``[positions, experts]``; NaN for absent rows."""
     scene = mixture.scene
     rest = scene.reference(scene.point, case) - mixture.scene.reference(mixture.experts, case)
     rows = scene.candidate(scene.point, case) - rest

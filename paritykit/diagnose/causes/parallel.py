@@ -9,7 +9,7 @@ import torch
 
 from paritykit.diagnose.bench.columns import columns_of
 from paritykit.diagnose.bench.linear import Linear, is_head
-from paritykit.diagnose.bench.lookup import lookup_of
+from paritykit.diagnose.bench.lookup import Lookup, lookup_of
 from paritykit.diagnose.causes.weights import own, row_parallel
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
@@ -37,9 +37,12 @@ def tp_reduce(scene: Scene) -> Iterator[Trial]:
     if lookup is not None:
         for edge in lookup.edges():
             label = f"with only the tokens below {edge} looked up, the first rank's,"
-            yield Trial(
-                label, lambda case, e=edge: lookup.rows(torch.where(scene.tokens(case) < e, scene.tokens(case), -1))
-            )  # type: ignore[misc]
+            yield Trial(label, partial(_below, lookup, edge))
+
+
+def _below(lookup: Lookup, edge: int, case: str) -> torch.Tensor:
+    tokens = lookup.scene.tokens(case)
+    return lookup.rows(torch.where(tokens < edge, tokens, -1))
 
 
 def _sums(ranks: int) -> Iterator[tuple[str, Weights, float]]:

@@ -192,11 +192,11 @@ def shift_words(scene: Scene, found: dict[str, torch.Tensor]) -> str:
     places, own = found[case], torch.arange(len(found[case]))
     wrong = (places != own).nonzero().flatten()
     first, last = int(wrong[0]), int(wrong[-1])
-    steps = (places - own)[wrong].unique()
+    steps = {int(n) for n in (places - own)[wrong]}
     where = "decoded tokens" if first >= scene.prompt(case) else f"tokens from {first} on"
     if len(steps) == 1:
-        return f"positions of {where} {int(steps[0]):+d}"
-    if len(places[wrong].unique()) == 1:
+        return f"positions of {where} {steps.pop():+d}"
+    if len({int(n) for n in places[wrong]}) == 1:
         return f"positions of {where} all {int(places[first])}"
     if int(places[first]) == 0:
         return f"positions that start anew at {first}"

@@ -71,9 +71,9 @@ def rows_permuted(scene: Scene) -> Iterator[Trial]:
             if scene.width(other) == width:
                 yield Trial(f"with {other.rpartition('.')[2]} in its place", partial(scene.reference, other))
     found = columns_of(scene)
-    if found is not None and found.found and not found.moves_blocks(scene.ranks):
-        if in_attention(scene) or not found.strange:
-            yield Trial(f"with {found.words()}", partial(found.predict, scene), free=1)
+    own_rows = found is not None and (in_attention(scene) or not found.strange)
+    if found is not None and own_rows and found.found and not found.moves_blocks(scene.ranks):
+        yield Trial(f"with {found.words()}", partial(found.predict, scene), free=1)
 
 
 def _reordered(scene: Scene, size: int, bias: torch.Tensor | None, case: str, *, apart: bool) -> torch.Tensor:
