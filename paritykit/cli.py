@@ -246,21 +246,46 @@ def show(records: Path, point: str) -> int:
     return 0
 
 
+@cli.command(context_settings=CONTEXT)
+@click.argument("cause", required=False)
+def explain(cause: str | None) -> int:
+    """Say what CAUSE is (a code or a name), how it is tested and what to look at; without one, list all causes.
+
+    \b
+    paritykit explain PK101
+    paritykit explain sliding-window
+    """
+    from paritykit.diagnose.catalogue import find_cause
+    from paritykit.reports.causes import cause_page
+
+    if cause is None:
+        _print_listing("causes")
+    else:
+        click.echo(cause_page(find_cause(cause)))
+    return 0
+
+
 @cli.command("list", context_settings=CONTEXT)
-@click.argument("kind", type=click.Choice(["engines", "checks", "cases", "models", "metrics", "reports", "faults"]))
+@click.argument(
+    "kind", type=click.Choice(["engines", "checks", "cases", "models", "metrics", "reports", "faults", "causes"])
+)
 def list_names(kind: str) -> int:
     """List what there is of a KIND.
 
     \b
     paritykit list engines
     """
+    _print_listing(kind)
+    return 0
+
+
+def _print_listing(kind: str) -> None:
     from paritykit.listing import LISTINGS
 
     lines = list(LISTINGS[kind]())
     width = max(20, *(len(name) + 2 for name, _ in lines))
     for name, text in lines:
         click.echo(f"{name:<{width}}{text}".rstrip())
-    return 0
 
 
 @cli.command(context_settings=CONTEXT)

@@ -48,6 +48,12 @@ def _faults() -> Iterable[tuple[str, str]]:
     return ((name, fault.what) for name, fault in FAULTS.items())
 
 
+def _causes() -> Iterable[tuple[str, str]]:
+    from paritykit.diagnose.catalogue import CAUSES
+
+    return ((f"{kind.code} {name}", kind.what) for name, kind in CAUSES.items())
+
+
 def _reports() -> Iterable[tuple[str, str]]:
     return ((name, "") for name in REPORTS.names())
 
@@ -60,4 +66,5 @@ LISTINGS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "metrics": _metrics,
     "reports": _reports,
     "faults": _faults,
+    "causes": _causes,
 }

@@ -112,7 +112,7 @@ class ParitySession:
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
-        findings = self._session.explain(check.run(subject, case))
+        findings = self._session.explained(check.run(subject, case))
         return self._keep(name, Answer(coverage=check.cover(subject), findings=findings))
 
     def hold(self, name: str, cases: CaseSet) -> Results:

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 
@@ -15,6 +16,7 @@ import paritykit
 from paritykit.checks.base import Subject
 from paritykit.config import Config, load_config
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.errors import UsageError
 from paritykit.results import CaseInfo, Coverage, Finding, Results, Run, Side, WeightRow
 from paritykit.verdict import summarise
 
@@ -80,6 +82,41 @@ def assemble(
     """All records of a run."""
     summary = summarise(run.checks, coverage, findings, min_coverage=config["min_coverage"], seconds=seconds)
     return Results(run=run, cases=cases, coverage=coverage, findings=findings, weights=weights or [], summary=summary)
+
+
+def explain_findings(
+    findings: list[Finding], *, subject: Subject | None, checkpoint: Checkpoint | None = None
+) -> list[Finding]:
+    """``findings`` with the causes of the first points that differ, see ``paritykit.diagnose.explain``.
+
+    Without ``checkpoint`` it is looked for where the reference says that its model is. Hypotheses that need a weight
+    are left out where there is none, as are those whose stand-in does not give the reference's numbers.
+    """
+    from paritykit.diagnose.explain import explain
+    from paritykit.diagnose.known import named
+
+    known = named(findings)
+    if subject is None or not any(f.verdict == "fail" for f in known):
+        return known
+    from paritykit.engines.weights import TensorReader
+
+    source = checkpoint or _checkpoint_of(subject.reference.manifest.side)
+    return explain(
+        known,
+        reference=subject.reference,
+        candidate=subject.candidate,
+        rules=subject.mapping.rules,
+        config=source.text_config if source else None,
+        read=TensorReader(source) if source else None,
+    )
+
+
+def _checkpoint_of(side: Side) -> Checkpoint | None:
+    """The folder that a side was made of, where it is still there."""
+    try:
+        return Checkpoint.find(side.model) if side.model and Path(side.model).is_dir() else None
+    except UsageError:
+        return None
 
 
 def checkpoint_side(checkpoint: Checkpoint | None) -> Side:

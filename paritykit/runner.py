@@ -32,7 +32,7 @@ from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.provenance.weightmap import RankLedger
-from paritykit.records import assemble, case_infos, checkpoint_side, run_record
+from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role
 from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
@@ -152,21 +152,25 @@ class Session:
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
-        findings = self.explain(findings)
+        found = self.explained([f for a in answers for f in a.findings] + findings)
         return assemble(
             self.run_record(names, command=command),
             coverage=[a.coverage for a in answers] + coverage,
-            findings=[f for a in answers for f in a.findings] + findings,
+            findings=found,
             weights=[w for a in answers for w in a.weights],
             cases=case_infos(subject, free=self._free) if subject else [],
             config=self.config,
             seconds=time.monotonic() - started,
         )
 
-    def explain(self, findings: list[Finding]) -> list[Finding]:
-        """``findings`` with local errors where they fail, see ``paritykit.replays``; as they are if not wanted."""
-        failing = any(f.verdict == "fail" for f in findings)
-        return self._replays.explain(findings) if self._explain and failing else findings
+    def explained(self, findings: list[Finding]) -> list[Finding]:
+        """``findings`` with local errors where they fail, and the causes of the first; as they are if not wanted."""
+        if not self._explain or not any(f.verdict == "fail" for f in findings):
+            return findings
+        if "subject" not in self.__dict__:
+            return explain_findings(findings, subject=None, checkpoint=self._checkpoint)
+        local = self._replays.explain(findings)
+        return explain_findings(local, subject=self.subject, checkpoint=self._checkpoint)
 
     @cached_property
     def _replays(self) -> Replays:
@@ -332,7 +336,7 @@ def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint
     return assemble(
         run_record(checkpoint_side(checkpoint), side, ["weights"]),
         coverage=[judged.coverage],
-        findings=judged.findings,
+        findings=explain_findings(judged.findings, subject=None),
         weights=judged.rows,
         cases=[],
         config=load_config(),
@@ -346,7 +350,7 @@ def audit_results(found: Audit, model: str, *, command: list[str] | None = None)
     return assemble(
         run_record(side, side, ["checkpoint"], command=command),
         coverage=[answer.coverage],
-        findings=answer.findings,
+        findings=explain_findings(answer.findings, subject=None),
         cases=[],
         config=load_config(),
     )
@@ -394,6 +398,7 @@ def compare_captures(
             findings = Replays(subject, engine, progress=progress).explain(findings)
         finally:
             engine.close()
+    findings = explain_findings(findings, subject=subject)
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 

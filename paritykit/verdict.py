@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paritykit.diagnose.locate import find_culprits, first_divergence
+from paritykit.diagnose.locate import find_culprits, first_divergence, first_failure
 from paritykit.results import Coverage, Finding, Summary, Verdict
 
 COMPARED = ("pass", "fail", "inconclusive")
@@ -45,6 +45,7 @@ def summarise(
         c.check: check_verdict(c, [f for f in findings if f.check == c.check], min_coverage=min_coverage)
         for c in coverage
     }
+    first = first_failure(findings)
     judged = [f for f in findings if f.verdict in COMPARED]
     verdict: Verdict = next((v for v in ("fail", "error", "inconclusive") if v in verdicts.values()), "pass")
     if not judged and verdict != "error":
@@ -59,6 +60,7 @@ def summarise(
         inconclusive=sum(f.verdict == "inconclusive" for f in findings),
         first_divergence=first_divergence(findings),
         culprits=find_culprits(findings),
+        causes=first.causes if first else [],
         checks={name: verdicts[name] for name in checks},
         message=_message(verdicts, coverage, findings),
         seconds=seconds,

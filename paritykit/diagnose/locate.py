@@ -93,15 +93,20 @@ def _marked(finding: Finding, graph: Graph, compared: Mapping[str, bool]) -> Fin
     return msgspec.structs.replace(finding, origin=origin, located=graph.blame(finding.point, compared=compared))
 
 
+def first_failure(findings: Iterable[Finding]) -> Finding | None:
+    """The finding that ``first_divergence`` is made of."""
+    failing = [f for f in findings if f.verdict == "fail"]
+    return min(failing, key=lambda f: (f.origin == "inherited", f.case != "", f.order), default=None)
+
+
 def first_divergence(findings: Iterable[Finding]) -> Divergence | None:
     """The earliest introduced failure over all cases, or the earliest failure where none is known to be introduced.
 
     What is wrong with the model as a whole, in no case, comes before what it does in one.
     """
-    failing = [f for f in findings if f.verdict == "fail"]
-    if not failing:
+    first = first_failure(findings)
+    if first is None:
         return None
-    first = min(failing, key=lambda f: (f.origin == "inherited", f.case != "", f.order))
     return Divergence(
         check=first.check, case=first.case, point=first.located or first.point, origin=first.origin, seen_at=first.point
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ def checkpoint_weights(checkpoint: Checkpoint) -> Iterator[Pair]:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
                     yield name, opened.get_tensor(name)
+
+
+class TensorReader:
+    """Gives single tensors of a checkpoint's safetensors files by name, None for one that is not there."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._files = [f for f in checkpoint.weight_files if f.suffix == ".safetensors"]
+
+    @cached_property
+    def _places(self) -> dict[str, Any]:
+        opened = [safe_open(file, framework="pt") for file in self._files]
+        return {name: file for file in opened for name in list(file.keys())}  # type: ignore[no-untyped-call]
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        """The tensor, memory-mapped."""
+        file = self._places.get(name)
+        return None if file is None else file.get_tensor(name)
 
 
 def through_folder(checkpoint: Checkpoint, load: Callable[[Path], Any]) -> Callable[[Iterable[Pair]], None]:

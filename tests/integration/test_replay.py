@@ -251,7 +251,7 @@ def test_a_session_replays_where_a_case_fails() -> None:
         assert engine.runs == 4
         assert [c.point for c in results.summary.culprits] == ["model.layers.1.self_attn"]
         assert results.summary.first_divergence == results.summary.culprits[0]
-        again = opened.explain([f for f in results.findings if f.check == "logits"])
+        again = opened.explained([f for f in results.findings if f.check == "logits"])
         assert engine.runs == 4
     assert all(f.local is not None for f in again if f.verdict == "fail")
     assert {f.origin for f in again if f.verdict == "fail"} == {"inherited"}

@@ -1,0 +1,73 @@
+"""A linear layer of the reference: its input, weight and bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paritykit.captures.manifest import point_key
+from paritykit.diagnose.bench.calibrate import moved, reproduces
+from paritykit.diagnose.scene import Scene
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``weight`` ``[out, in]``, ``bias`` ``[out]``. Its numbers are the reference's, as was checked."""
+
+    scene: Scene
+    module: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def output(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """``[positions, out]`` of ``x`` with the bias, with another weight where one is given."""
+        product = x @ (self.weight if weight is None else weight).T
+        return product if self.bias is None else product + self.bias
+
+    def with_weight(self, case: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the module would give with another weight."""
+        x = self.scene.input_of(self.module, case)
+        return moved(self.scene, self.module, self.output(x), self.output(x, weight), case)
+
+    def with_input(self, case: str, x: torch.Tensor) -> torch.Tensor:
+        """What the module would give for another input."""
+        right = self.output(self.scene.input_of(self.module, case))
+        return moved(self.scene, self.module, right, self.output(x), case)
+
+
+def linear_of(scene: Scene, module: str) -> Linear | None:
+    """The linear layer that ``module`` is; None where it is none, or its weight does not give its numbers."""
+    return scene.once(("linear", module), lambda: _linear_of(scene, module))
+
+
+def _linear_of(scene: Scene, module: str) -> Linear | None:
+    if point_key(module, port="input") not in scene.points or module not in scene.points:
+        return None
+    weight = scene.parameter(f"{module}.weight")
+    if weight is None:
+        weight = embedding_weight(scene) if is_head(scene, module) else None
+    if weight is None or weight.dim() != 2:
+        return None
+    weight = weight.T if scene.kind(module) == "Conv1D" else weight
+    if weight.shape != (scene.width(module), scene.width(point_key(module, port="input"))):
+        return None
+    found = Linear(scene, module, weight, scene.parameter(f"{module}.bias"))
+    right = reproduces(scene, module, lambda case: found.output(scene.input_of(module, case)))
+    return found if right else None
+
+
+def is_head(scene: Scene, module: str) -> bool:
+    """Whether a module gives the logits over the vocabulary."""
+    return bool(module == scene.reference_capture.manifest.facts.get("head", "lm_head"))
+
+
+def embedding_module(scene: Scene) -> str:
+    """The reference's token embedding: its first module of that kind; empty where it has none."""
+    return next((p.module for p in scene.points.values() if "Embedding" in p.kind and "Rotary" not in p.kind), "")
+
+
+def embedding_weight(scene: Scene) -> torch.Tensor | None:
+    """The token embedding's weight, ``[vocabulary, hidden]``."""
+    module = embedding_module(scene)
+    return scene.parameter(f"{module}.weight") if module else None

@@ -1,0 +1,226 @@
+"""Rotary embedding: pairs, base, dimensions, scaling, and the positions it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from paritykit.captures.manifest import point_key
+from paritykit.diagnose.bench.attention import Attention, attention_of, rotary_dims
+from paritykit.diagnose.bench.rotation import Rotation, as_pairs, base_of, bases_in, measure, powers
+from paritykit.diagnose.scene import Scene
+from paritykit.diagnose.trial import Trial
+
+USUAL_BASES = (10000.0, 500000.0, 1000000.0, 100000.0, 8000000.0, 150000.0)
+NEAR_INTEGER = 1e-3
+
+
+def rotated(scene: Scene) -> Attention | None:
+    """The attention around the scene's point, where that is keys or what attention makes of them."""
+    found = attention_of(scene)
+    return None if found is None or scene.port == "value_cache" else found
+
+
+def predict(attention: Attention, case: str, rotation: Rotation, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """The scene's point with keys and queries rotated so."""
+    query, key, value = attention.turned(case, rotation, positions)
+    if attention.scene.port == "key_cache":
+        _, right, _ = attention.turned(case)
+        return attention.scene.reference(attention.scene.point, case) + (key - right).flatten(1)
+    return attention.predict(case, attention.output((query, key, value)))
+
+
+def with_rotation(attention: Attention, label: str, rotation: Rotation, *, free: int = 0) -> Iterator[Trial]:
+    """Queries and keys rotated otherwise; where keys are right in the cache, one of both alone."""
+    yield Trial(label, lambda case: predict(attention, case, rotation), free=free)
+    if attention.scene.port != "key_cache":
+        yield Trial(f"{label} of queries only,", partial(_one_side, attention, rotation, 0), free=free)
+        yield Trial(f"{label} of keys only,", partial(_one_side, attention, rotation, 1), free=free)
+
+
+def _one_side(attention: Attention, rotation: Rotation, side: int, case: str) -> torch.Tensor:
+    heads = list(attention.turned(case))
+    heads[side] = attention.turned(case, rotation)[side]
+    return attention.predict(case, attention.output((heads[0], heads[1], heads[2])))
+
+
+def candidates(scene: Scene, attention: Attention) -> Rotation | None:
+    """The candidate's rotation, measured from its own cache; None where it does not show it."""
+    return scene.once("candidate's rotation", lambda: _measured(scene, attention))
+
+
+def _measured(scene: Scene, attention: Attention) -> Rotation | None:
+    key = point_key(attention.module, port="key_cache")
+    own = attention.rotation
+    if key not in scene.rules or not own.dims:
+        return None
+    before = torch.cat([attention.plain(c)[1] for c in scene.cases])
+    after = torch.cat([scene.candidate(key, c) for c in scene.cases]).reshape(before.shape)
+    positions = torch.cat([torch.arange(scene.length(c)) for c in scene.cases])
+    rows = after.isfinite().all(-1).all(-1)
+    return measure(before[rows], after[rows], positions[rows], dims=own.dims, interleaved=own.interleaved)
+
+
+def pairing(scene: Scene) -> Iterator[Trial]:
+    """Neighbours for halves, and the reverse."""
+    attention = rotated(scene)
+    if attention is not None and attention.rotation.dims:
+        own = attention.rotation
+        label = "with neighbouring elements" if not own.interleaved else "with the halves of each head"
+        yield from with_rotation(attention, f"{label} rotated as pairs", replace(own, interleaved=not own.interleaved))
+
+
+def theta(scene: Scene) -> Iterator[Trial]:
+    """Bases of the config, usual ones, and the one that the candidate's own keys show."""
+    attention = rotated(scene)
+    if attention is None or not attention.rotation.dims:
+        return
+    own = attention.rotation
+    base = base_of(own.frequencies, own.dims)
+    if base is None:
+        return
+    known = bases_in(scene.config)
+    nearest = min(known, key=lambda b: abs(b - base), default=base)
+    tried = [*known, *USUAL_BASES, nearest * 2, nearest / 2, nearest * 10, nearest / 10]
+    for value in dict.fromkeys(tried):
+        if abs(value - base) > 1e-3 * base:
+            label = f"with a rotary base of {value:g} instead of {nearest:g}"
+            yield from with_rotation(attention, label, replace(own, frequencies=powers(value, own.dims)))
+    measured = candidates(scene, attention)
+    fitted = None if measured is None else base_of(measured.frequencies, own.dims)
+    if fitted is not None and abs(fitted - base) > 1e-3 * base:
+        label = f"with a rotary base of {fitted:.6g} instead of {nearest:g}"
+        yield from with_rotation(attention, label, replace(own, frequencies=powers(fitted, own.dims)), free=1)
+
+
+def partial_dims(scene: Scene) -> Iterator[Trial]:
+    """Fewer or more elements of a head rotated, with frequencies of their own or the first ones; none at all."""
+    attention = rotated(scene)
+    if attention is None:
+        return
+    own = attention.rotation
+    if own.dims:
+        yield from with_rotation(attention, "without rotary embedding", Rotation(0, torch.zeros(0)))
+    for dims in rotary_dims(scene, attention.head_dim):
+        if not dims or dims == own.dims:
+            continue
+        for frequencies in _frequencies_for(scene, own, dims):
+            label = f"with {dims} of {attention.head_dim} elements of each head rotated instead of {own.dims}"
+            yield from with_rotation(attention, label, replace(own, dims=dims, frequencies=frequencies))
+
+
+def _frequencies_for(scene: Scene, own: Rotation, dims: int) -> Iterator[torch.Tensor]:
+    base = base_of(own.frequencies, own.dims) if own.dims else None
+    for value in dict.fromkeys([*([base] if base else []), *bases_in(scene.config)]):
+        yield powers(value, dims)
+    if dims < own.dims:
+        yield own.frequencies[: dims // 2]
+        if own.dims % dims == 0:
+            yield own.frequencies[:: own.dims // dims]
+
+
+def scaling(scene: Scene) -> Iterator[Trial]:
+    """The candidate's own frequencies, or their size, where they are no powers of another base."""
+    attention = rotated(scene)
+    if attention is None or not attention.rotation.dims:
+        return
+    own, measured = attention.rotation, candidates(scene, attention)
+    for value in bases_in(scene.config) if base_of(own.frequencies, own.dims) is None else ():
+        plain = powers(value, own.dims)
+        if not torch.allclose(plain.double(), own.frequencies.double(), rtol=1e-3):
+            label = f"with the plain frequencies of base {value:g}, unscaled,"
+            yield from with_rotation(attention, label, replace(own, frequencies=plain))
+    if measured is None:
+        return
+    factors = measured.frequencies / own.frequencies.double().clamp_min(1e-30)
+    factor = float(factors.median())
+    if abs(factor - 1) > 1e-4 and factor > 0:
+        label = f"with rotary frequencies {factor:.4g} times the reference's"
+        yield from with_rotation(attention, label, replace(own, frequencies=own.frequencies * factor), free=1)
+    if abs(measured.magnitude - own.magnitude) > 1e-4:
+        label = f"with cos and sin multiplied by {measured.magnitude / own.magnitude:.4g}"
+        yield from with_rotation(attention, label, replace(own, magnitude=measured.magnitude), free=1)
+    yield from with_rotation(
+        attention,
+        "with the frequencies measured from the candidate's keys",
+        replace(measured, magnitude=own.magnitude),
+        free=2,
+    )
+
+
+def positions(scene: Scene) -> Iterator[Trial]:
+    """For every token the position whose rotation gives the candidate's key; known mistakes where it shows none."""
+    attention = rotated(scene)
+    if attention is None or not attention.rotation.dims:
+        return
+    own, key = attention.rotation, point_key(attention.module, port="key_cache")
+    if key in scene.rules:
+        found = {c: found_positions(scene, attention, c) for c in scene.cases}
+        label = f"with {shift_words(scene, found)}"
+        yield Trial(label, lambda case: predict(attention, case, own, found[case]), free=1)
+    if scene.port == "key_cache":
+        return
+    for text, change in _usual_shifts(scene):
+        for side, whose in ((None, ""), (0, " of queries only,")):
+            yield Trial(f"{text}{whose}", partial(_shifted, scene, attention, change, side))
+
+
+def found_positions(scene: Scene, attention: Attention, case: str) -> torch.Tensor:
+    """The position that each key of the candidate's cache was rotated for; its own where that is not known."""
+    own, place = attention.rotation, torch.arange(scene.length(case))
+    before = attention.plain(case)[1]
+    after = scene.candidate(point_key(attention.module, port="key_cache"), case).reshape(before.shape)
+    z = as_pairs(before.double(), own.dims, interleaved=own.interleaved)
+    turned = as_pairs(after.double().nan_to_num(), own.dims, interleaved=own.interleaved)
+    sums = (turned * z.conj()).sum(1)
+    tried = torch.arange(-8, max(scene.length(case) + 64, 128))
+    angles = tried.double()[:, None] * own.frequencies.double()
+    likeness = (sums @ torch.polar(torch.ones_like(angles), -angles).T).real
+    best = tried[likeness.argmax(1)]
+    same = likeness.max(1).values - likeness[place, place + 8] <= NEAR_INTEGER * sums.abs().sum(1)
+    return torch.where(same, place, best)
+
+
+def shift_words(scene: Scene, found: dict[str, torch.Tensor]) -> str:
+    """What became of the positions, from what is seen of them."""
+    case = next((c for c, p in found.items() if (p != torch.arange(len(p))).any()), "")
+    if not case:
+        return "positions as they are"
+    places, own = found[case], torch.arange(len(found[case]))
+    wrong = (places != own).nonzero().flatten()
+    first, last = int(wrong[0]), int(wrong[-1])
+    steps = {int(n) for n in (places - own)[wrong]}
+    where = "decoded tokens" if first >= scene.prompt(case) else f"tokens from {first} on"
+    if len(steps) == 1:
+        return f"positions of {where} {steps.pop():+d}"
+    if len({int(n) for n in places[wrong]}) == 1:
+        return f"positions of {where} all {int(places[first])}"
+    if int(places[first]) == 0:
+        return f"positions that start anew at {first}"
+    return f"other positions of {where}: {first} becomes {int(places[first])}, {last} becomes {int(places[last])}"
+
+
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _usual_shifts(scene: Scene) -> Iterator[tuple[str, Change]]:
+    """Mistakes with positions, of a token's position and whether it is decoded."""
+    yield "with positions of decoded tokens +1", lambda p, late: p + late
+    yield "with positions of decoded tokens -1", lambda p, late: p - late
+    window = scene.config.get("sliding_window")
+    if isinstance(window, int):
+        for size in (window, window - 1):
+            text = f"with positions of decoded tokens at most {size}"
+            yield text, lambda p, late, size=size: torch.where(late.bool(), p.clamp(max=size), p)  # type: ignore[misc]
+
+
+def _shifted(scene: Scene, attention: Attention, change: Change, side: int | None, case: str) -> torch.Tensor:
+    place = torch.arange(scene.length(case))
+    other = change(place, (place >= scene.prompt(case)).long())
+    wrong = attention.turned(case, positions=other)
+    right = attention.turned(case)
+    heads = wrong if side is None else (wrong[0], right[1], right[2])
+    return attention.predict(case, attention.output(heads))

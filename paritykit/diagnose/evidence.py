@@ -1,0 +1,50 @@
+"""What can be seen of a difference that nothing explains: where it is, how large, and what it looks like."""
+
+from __future__ import annotations
+
+import torch
+
+from paritykit.diagnose.scene import Scene
+from paritykit.diagnose.trial import Bar
+
+
+def describe(scene: Scene, bar: Bar) -> str:
+    """The extent by token, head, feature and rank, the scale and the correlation, in one sentence."""
+    wrong = bar.wrong
+    parts = [_tokens(scene, bar)]
+    if bar.spoilt.any():
+        parts.append(f"{int(bar.spoilt.sum())} positions with NaN or Inf")
+    rows = wrong & bar.judged
+    if rows.any():
+        ref, cand = bar.reference[rows].double(), bar.candidate[rows].double()
+        parts.append(_features(scene, ref, cand, bar.scale[rows]))
+        norms = float(cand.norm() / ref.norm().clamp_min(1e-30))
+        cosine = float((ref * cand).sum() / (ref.norm() * cand.norm()).clamp_min(1e-30))
+        parts.append(f"norm {norms:.3g} times the reference's, cosine {cosine:.3f}")
+    return ", ".join(parts)
+
+
+def _tokens(scene: Scene, bar: Bar) -> str:
+    wrong, judged = int(bar.wrong.sum()), int((bar.judged | bar.spoilt).sum())
+    if bar.in_decode_only:
+        return f"decoded positions only ({wrong} of {judged})"
+    lengths = torch.tensor([scene.length(c) for c in scene.cases])
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])
+    start = int(positions[bar.wrong].min()) if bar.wrong.any() else 0
+    first = f" from position {start} on" if start else ""
+    return f"{wrong} of {judged} positions differ{first}"
+
+
+def _features(scene: Scene, ref: torch.Tensor, cand: torch.Tensor, scale: torch.Tensor) -> str:
+    per_feature = (cand - ref).pow(2).mean(0).sqrt()
+    limit = scene.allowed.whole * float(scale.double().mean()) / ref.shape[1] ** 0.5
+    wrong = (per_feature > limit).nonzero().flatten()
+    text = f"{len(wrong)} of {ref.shape[1]} features"
+    if 0 < len(wrong) <= 3:
+        return f"{text} ({', '.join(map(str, wrong.tolist()))})"
+    if scene.ranks > 1 and ref.shape[1] % scene.ranks == 0:
+        part = ref.shape[1] // scene.ranks
+        ranks = sorted({int(n) // part for n in wrong})
+        if len(ranks) < scene.ranks:
+            return f"{text}, those of rank {', '.join(map(str, ranks))}"
+    return text

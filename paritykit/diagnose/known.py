@@ -1,0 +1,113 @@
+"""Causes that a check names by itself: what is wrong with weights or files needs no test. Torch-free."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from paritykit.diagnose.catalogue import CAUSES
+from paritykit.results import Cause, Finding
+
+PLAIN = {
+    "unread": "weight-not-loaded",
+    "unwritten": "weight-not-loaded",
+    "constant": "weight-not-loaded",
+    "wrong-order": "rows-permuted",
+    "wrong-transpose": "weight-corrupt",
+    "written-twice": "weight-shared-wrongly",
+    "tied-wrongly": "weight-shared-wrongly",
+    "untied-wrongly": "lm-head",
+    "changed": "weight-corrupt",
+    "offset": "norm-offset",
+    "scale": "scale-factor",
+    "value-changed": "weight-corrupt",
+    "dtype-narrowed": "dtype-rounding",
+    "missing-tensor": "weight-not-loaded",
+    "key-in-two-files": "weight-corrupt",
+    "nonfinite": "weight-corrupt",
+    "all-zero": "weight-not-loaded",
+    "digest-mismatch": "weight-corrupt",
+    "truncated-file": "weight-corrupt",
+}
+"""A problem of the ledger or the audit, and the cause that it is."""
+ON_RANKS = re.compile(r"\branks?\b")
+GATE_OR_UP = re.compile(r"\.(gate_proj|up_proj|gate_up_proj|w1|w3|fc1|fc2)\.")
+EXPERT = re.compile(r"\.experts?\.")
+ALL = 1.0
+FEW = 0.01
+"""Share of a tensor below which what did not arrive is damage, and not a tensor that was not loaded."""
+
+
+def named(findings: Iterable[Finding]) -> list[Finding]:
+    """``findings`` of the checks of weights and files with the cause that each failure is; others as they are."""
+    known = list(findings)
+    tied = any(f.metric == "tied-wrongly" for f in known)
+    looked = ("weights", "checkpoint")
+    return [_named(f, tied=tied) if f.verdict == "fail" and f.check in looked else f for f in known]
+
+
+def weights_of(findings: Iterable[Finding], module: str, parameters: Mapping[str, str]) -> list[Cause]:
+    """The causes that check ``weights`` names for a module's own tensors.
+
+    ``parameters``: tensor to the reference's parameter.
+    """
+    found = []
+    for finding in findings:
+        parameter = parameters.get(finding.point, finding.point)
+        inside = parameter.rpartition(".")[0] == module
+        if finding.check == "weights" and finding.verdict == "fail" and inside and finding.causes:
+            found.append(finding.causes[0])
+    return found
+
+
+def _named(finding: Finding, *, tied: bool) -> Finding:
+    name = cause_of(finding, tied=tied)
+    if not name:
+        return finding
+    kind = CAUSES.get(name)
+    said = Cause(code=kind.code, name=name, confidence=ALL, evidence=f"check {finding.check}: {finding.message}")
+    return msgspec.structs.replace(finding, causes=[said])
+
+
+def cause_of(finding: Finding, *, tied: bool = False) -> str:
+    """The cause that a failing finding of check ``weights`` or ``checkpoint`` is; empty for none in particular.
+
+    ``tied``: head and embedding were found to share a weight that they should not.
+    """
+    code, tensor, text = finding.metric, finding.point, finding.message
+    if code in ("wrong-slice", "wrong-order") and (ON_RANKS.search(text) or _cut_apart(finding)):
+        return "tp-shard"
+    if code in ("wrong-slice", "wrong-order"):
+        return _misplaced(code, tensor, text)
+    if code in ("unread", "missing-tensor") and tensor.endswith(".bias"):
+        return "bias-missing"
+    if code == "unread" and _few(finding):
+        return "weight-corrupt"
+    if code == "unread" and tensor.startswith("lm_head"):
+        return "weight-shared-wrongly" if tied else "lm-head"
+    if code == "offset" and "norm" not in tensor and "ln_" not in tensor:
+        return "weight-corrupt"
+    return PLAIN.get(code, "")
+
+
+def _few(finding: Finding) -> bool:
+    """Whether it is about a small part of a tensor only."""
+    return bool(finding.shape) and 0 < finding.metrics.get("unread", 0) < FEW * math.prod(finding.shape)  # type: ignore[operator]
+
+
+def _cut_apart(finding: Finding) -> bool:
+    """Whether parts of a fused weight lie in several of its parts, on several ranks."""
+    return "several" in finding.message and bool(ON_RANKS.search(finding.mapping))
+
+
+def _misplaced(code: str, tensor: str, text: str) -> str:
+    """A weight in another's place: which of them it is about."""
+    if EXPERT.search(tensor):
+        return "moe-routing"
+    if GATE_OR_UP.search(tensor):
+        return "gate-up-swapped"
+    declared = "declared" in text or "named like" in text or "order" in code
+    return "rows-permuted" if declared else "weight-shared-wrongly"
