@@ -89,15 +89,15 @@ class Reference:
     def _take(self, role: Role, cases: list[Case], name: str) -> Capture:
         scratch = self.folder / name
         if self.store is None or role.key is None:
-            return self._run(role.engine, cases, scratch)
-        return self.store.take(role.key(cases), lambda out: self._run(role.engine, cases, out), scratch=scratch)
+            return self._run(role.engine, cases, scratch, name)
+        return self.store.take(role.key(cases), lambda out: self._run(role.engine, cases, out, name), scratch=scratch)
 
-    def _run(self, engine: Engine, cases: list[Case], out: Path) -> Capture:
+    def _run(self, engine: Engine, cases: list[Case], out: Path, name: str) -> Capture:
         if self.progress:
             self.progress(f"starting {getattr(engine, 'name', 'reference')}", 0, 0)
         try:
             engine.open()
-            self.starts[out.name] = self.starts.get(out.name, 0) + 1
+            self.starts[name] = self.starts.get(name, 0) + 1
             return engine.run(cases, points=Selection(), out=out, progress=self.progress)
         finally:
             engine.close()
