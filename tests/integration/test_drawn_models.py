@@ -27,7 +27,7 @@ from paritykit.testing import TinyModel, tiny_model
 from tests.integration.conftest import Bench
 from tests.nano import one_thread
 
-IN_CI = ("qwen2", "gemma2", "qwen3_moe")
+IN_CI = ("qwen2", "gemma2")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe")
 SMALL = settings(
     derandomize=True,
@@ -75,7 +75,7 @@ def assert_parity(results: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [*((f, 3) for f in IN_CI), *(pytest.param(f, 60, marks=pytest.mark.deep) for f in FAMILIES)]
+    ("family", "count"), [*((f, 2) for f in IN_CI), *(pytest.param(f, 60, marks=pytest.mark.deep) for f in FAMILIES)]
 )
 def test_nano_is_at_parity_on_any_model(family: str, count: int, tmp_path: Path) -> None:
     drawn = st.tuples(models(family, head_dims=NARROW), workloads(window=8, longest=60), conditions("nano"))
