@@ -321,10 +321,11 @@ def compare_captures(
     rules: list[UserRule] | None = None,
     command: list[str] | None = None,
     progress: Progress | None = None,
+    explain: bool = True,
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
-    Raises UsageError if they do not hold the same tokens.
+    ``explain``: causes are looked for where they differ. Raises UsageError if they do not hold the same tokens.
     """
     config = config or load_config()
     check_same_tokens(reference, candidate)
@@ -337,7 +338,7 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
-    findings = explain_findings(findings, subject=subject)
+    findings = explain_findings(findings, subject=subject) if explain else findings
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 
