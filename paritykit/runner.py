@@ -372,11 +372,13 @@ def compare_captures(
     command: list[str] | None = None,
     progress: Progress | None = None,
     engine: Engine | None = None,
+    explain: bool = True,
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
     ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor. ``engine`` is the
-    candidate, opened to replay modules where a case fails. Raises UsageError if they do not hold the same tokens.
+    candidate, opened to replay modules where a case fails; with ``explain`` causes are looked for there. Raises
+    UsageError if they do not hold the same tokens.
     """
     config = config or load_config()
     for other in (candidate, *([twin] if twin is not None else [])):
@@ -398,7 +400,7 @@ def compare_captures(
             findings = Replays(subject, engine, progress=progress).explain(findings)
         finally:
             engine.close()
-    findings = explain_findings(findings, subject=subject)
+    findings = explain_findings(findings, subject=subject) if explain else findings
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 

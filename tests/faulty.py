@@ -137,6 +137,10 @@ class Trial:
         return self.ground.captures[key]
 
     def compare(self, candidate: Capture) -> Results:
+        return compare_captures(self.reference, candidate, config=load_config({}, environ={}), explain=False)
+
+    def explained(self, candidate: Capture) -> Results:
+        """The same with causes."""
         return compare_captures(self.reference, candidate, config=load_config({}, environ={}))
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import torch
 
+from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
 from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, fallback
 from paritykit.diagnose.catalogue import CAUSES, UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
-from paritykit.diagnose.scene import LAYER, ReadTensor, Scene
+from paritykit.diagnose.scene import ReadTensor, Scene
 from paritykit.diagnose.trial import Bar, Pattern, Trial, Tried
 from paritykit.mapping.rules import Rule
 from paritykit.results import Cause, Finding
@@ -30,7 +31,7 @@ SHOWN = 3
 COMPARING = ("modules", "logits", "tokens")
 """Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
-"""Points that are explained: the first, and others of its layer that have a reason of their own."""
+"""Points that are explained: the first, and modules beside it that differ too, though what they were fed is right."""
 ODD = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, NotImplementedError)
 """What a hypothesis may stumble over in a model it was not thought of for; it is dropped then, and the others go on."""
 
@@ -138,19 +139,20 @@ def causes_of(scene: Scene) -> list[Cause]:
 
 
 def _first_points(findings: list[Finding]) -> list[str]:
-    """The first point that differs in each case, and what else is wrong beside it with right inputs, in order."""
+    """The first point that differs, and what else is wrong beside it though its input is right, in order."""
     compared = [f for f in findings if f.verdict == "fail" and f.check in COMPARING]
     failing = sorted(compared, key=lambda f: (f.origin == "inherited", f.order))
     if not failing:
         return []
     first = failing[0]
-    near = [f for f in failing if f.origin == first.origin and _layer(f.point) == _layer(first.point)]
+    near = [f for f in failing if f.origin == first.origin and _beside(f.point, first.point)]
     return list(dict.fromkeys(f.point for f in near))[:EXPLAINED_POINTS]
 
 
-def _layer(point: str) -> str:
-    found = LAYER.match(point)
-    return found[1] if found else point
+def _beside(point: str, first: str) -> bool:
+    """Whether both are of one module, or outputs of modules with one parent."""
+    (module, port, _), (other, other_port, _) = split_key(point), split_key(first)
+    return module == other or (not port and not other_port and module.rpartition(".")[0] == other.rpartition(".")[0])
 
 
 def _allowed(findings: list[Finding]) -> Tolerance:

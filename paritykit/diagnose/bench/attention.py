@@ -77,10 +77,14 @@ class Attention:
 
     def turned(self, case: str, rotation: Rotation | None = None, positions: torch.Tensor | None = None) -> Heads:
         """Queries, keys and values after rotation, another one or at other positions where these are given."""
+        if rotation is None and positions is None:
+            return self.scene.once((self.module, "turned", case), lambda: self._turned(case, self.rotation, None))
+        return self._turned(case, rotation or self.rotation, positions)
+
+    def _turned(self, case: str, rotation: Rotation, positions: torch.Tensor | None) -> Heads:
         query, key, value = self.plain(case)
         place = torch.arange(len(query)) if positions is None else positions
-        turning = rotation or self.rotation
-        return turning.turn(query, place), turning.turn(key, place), value
+        return rotation.turn(query, place), rotation.turn(key, place), value
 
     def output(self, heads: Heads, core: Core | None = None, mask: Mask | None = None) -> torch.Tensor:
         """``[positions, heads * head_dim]``; ``mask`` is seen instead of the core's own."""

@@ -11,6 +11,8 @@ from paritykit.diagnose.scene import Scene
 
 LARGEST = 1 << 28
 """Pairs of features that are compared at most."""
+ROWS = 4
+"""Positions that it takes to tell features apart."""
 ALIKE = 8.0
 """A feature is found where it differs by less than this many times what is allowed."""
 
@@ -98,6 +100,8 @@ def _columns_of(scene: Scene) -> Columns | None:
     ours = torch.cat([torch.cat([scene.reference(n, c) for n in names], dim=1) for c in scene.cases]).double()
     theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
     rows = theirs.isfinite().all(1)
+    if int(rows.sum()) < ROWS:
+        return None
     ours, theirs = ours[rows], theirs[rows]
     sizes = ours.norm(dim=0)
     limit = ALIKE * scene.allowed.whole * float(sizes.pow(2).mean().sqrt())

@@ -17,6 +17,8 @@ NEAR = 4
 """Layers before and after from which a weight may have been taken."""
 FEW = 0.1
 """Share of the features up to which a damage is local."""
+ROWS = 8
+"""Positions that it takes to say what a feature goes with."""
 UNLIKE = 0.5
 """Correlation below which a feature is not the reference's."""
 
@@ -189,6 +191,8 @@ def _single(scene: Scene, linear: Linear, wrong: torch.Tensor) -> Iterator[Trial
     ours = torch.cat([scene.reference(scene.point, c) for c in scene.cases]).double()
     theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
     rows = theirs.isfinite().all(1)
+    if int(rows.sum()) < ROWS:
+        return
     x, error = x[rows], (theirs - ours)[rows][:, wrong]
     share = (x.T @ error).pow(2) / x.pow(2).sum(0)[:, None].clamp_min(1e-30)
     places = share.argmax(0)
@@ -219,7 +223,10 @@ def not_loaded(scene: Scene) -> Iterator[Trial | Pattern]:
 def _vector(scene: Scene) -> Iterator[Trial]:
     """One vector added to every position: a bias, though the checkpoint has none."""
     error = torch.cat([scene.candidate(scene.point, c) - scene.reference(scene.point, c) for c in scene.cases])
-    added = error[error.isfinite().all(1)].mean(0)
+    error = error[error.isfinite().all(1)]
+    if len(error) < ROWS:
+        return
+    added = error.mean(0)
     label = "with a bias that the checkpoint has not"
     yield Trial(label, lambda case: scene.reference(scene.point, case) + added, free=1)
 
@@ -245,6 +252,8 @@ def unlike_share(scene: Scene) -> float | None:
     rows = theirs.isfinite().all(1)
     if not rows.any():
         return None
+    if int(rows.sum()) < ROWS:
+        return 0.0
     ours, theirs = ours[rows] - ours[rows].mean(0), theirs[rows] - theirs[rows].mean(0)
     alike = (ours * theirs).sum(0).abs() / (ours.norm(dim=0) * theirs.norm(dim=0)).clamp_min(1e-30)
     return float((alike < UNLIKE).double().mean())
