@@ -12,7 +12,7 @@ import pytest
 
 from paritykit.case import CaseSet
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, Subject
+from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, ReferenceCheck, Subject
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
@@ -86,6 +86,8 @@ class ParitySession:
             return self._keep(name, self._tried(lambda: self._session.answer(check)))
         if isinstance(check, InvarianceCheck):
             return self._keep(name, self._tried(lambda: self._session.vary(check)))
+        if isinstance(check, ReferenceCheck):
+            return self._keep(name, self._tried(lambda: self._session.examine(check)))
         subject = self._tried(lambda: self._session.subject)
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)

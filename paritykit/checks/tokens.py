@@ -7,14 +7,11 @@ twice the logit error measured at that position, and that error is itself within
 from __future__ import annotations
 
 import msgspec
-import torch
 
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.floors import sound_positions
 from paritykit.checks.logits import logits_pair, logits_rule
-from paritykit.checks.measured import soften
-from paritykit.comparison.metrics import measure
-from paritykit.mapping.rules import Rule
+from paritykit.checks.routing import soften
 from paritykit.results import Coverage, Finding, Unmatched, Verdict
 
 FORCED = "#tokens"
@@ -82,19 +79,8 @@ def _choice(subject: Subject, case: str, step: int, ours: int, theirs: int) -> C
     places, left, right = logits_pair(subject, rule, case)
     row = places.index(len(subject.reference.cases[case].tokens) - 1 + step)
     mine, other = left[row].double(), right[row].double()
-    sound = _sound(subject, rule, case, places[row], (mine, other))
+    sound = sound_positions(subject, rule, case, check="tokens")[places[row]]
     return Choice(step, ours, theirs, float(mine[ours] - mine[theirs]), float((mine - other).abs().max()), sound)
-
-
-def _sound(subject: Subject, rule: Rule, case: str, place: int, sides: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    """Whether the logits of a position differ by no more than they may."""
-    dtypes = (subject.reference.manifest.side.dtype, subject.candidate.manifest.side.dtype)
-    policy = subject.policy(LOGITS, dtypes, check="tokens")
-    within = sound_positions(subject, rule, case) if subject.floor_judges(dtypes, policy) else None
-    if within is not None:
-        return within[place]
-    allowed = subject.allowed(dtypes, order=subject.graph.order(LOGITS), policy=policy)
-    return measure(sides[0][None], sides[1][None]).rel_l2 <= allowed.position
 
 
 def _finding(

@@ -49,6 +49,8 @@ def what(results: Results) -> str:
     if state(results) == "fail" and first is not None:
         subject = " / ".join(part for part in (first.check, first.case) if part)
         found = first_finding(results)
+        if first.check == "reference" and found is not None:
+            return f"{subject}: the reference {reference} differs from itself with {shorten(found.condition, LIMIT)}"
         if found is not None and found.condition:
             return f"{subject}: {candidate} differs from itself {shorten(found.condition, LIMIT)}"
         return f"{subject}: {candidate} differs from {reference}"
@@ -95,6 +97,9 @@ def _where(first: Divergence, finding: Finding | None) -> list[Field]:
         found.append((finding.metric, judged(finding)))
     if finding.message:
         found.append(("detail", shorten(finding.message, LIMIT)))
+    if finding.needs:
+        name, value = next(iter(finding.needs.items()))
+        found.append(("would pass with", f"{name} = {number(value)} in a policy"))
     if extent(finding):
         found.append(("extent", extent(finding)))
     return found
