@@ -96,6 +96,7 @@ class Plan:
             twin=None if self.no_floor else self._role(None, self._twin_arguments(), shared),
             plain=self._role(None, self._twin_arguments(), shared) if self._daring else None,
             no_floor=self.no_floor,
+            variants={} if self.no_floor else self._variants(shared),
             host=own,
             store=open_store(self.config["cache"]),
         )
@@ -135,6 +136,14 @@ class Plan:
 
     def _twin_arguments(self) -> dict[str, Any]:
         return {"dtype": self._dtype("dtype"), **self.reference_args}
+
+    def _variants(self, host: HostProcess | None) -> dict[str, Role]:
+        """Other ways to run the twin, by what differs."""
+        own = self._twin_arguments()
+        attention = "sdpa" if own.get("attn_implementation", "eager") == "eager" else "eager"
+        padding = "left" if own.get("padding", "none") == "none" else "none"
+        changes = {"attn_implementation": attention, "padding": padding}
+        return {f"{name}={value}": self._role(None, {**own, name: value}, host) for name, value in changes.items()}
 
     def _role(self, engine: Any, arguments: dict[str, Any], host: HostProcess | None) -> Role:
         name = self.config["reference"]

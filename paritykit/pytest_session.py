@@ -14,7 +14,7 @@ import pytest
 
 from paritykit.case import Case, CaseSet
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, Subject
+from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, ReferenceCheck, Subject
 from paritykit.engines.process import HostPool
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.exploration import Exploration, explore
@@ -24,7 +24,7 @@ from paritykit.plan import Plan, make_plan
 from paritykit.records import assemble, case_infos, merge_results
 from paritykit.reports import write_report
 from paritykit.reports.failure import failure_text
-from paritykit.reports.wording import starts
+from paritykit.reports.wording import SIDES, starts
 from paritykit.repro import command_of
 from paritykit.results import CaseInfo, Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
 from paritykit.runner import Session
@@ -108,6 +108,8 @@ class ParitySession:
             return self._keep(name, self._tried(lambda: self._session.answer(check)))
         if isinstance(check, InvarianceCheck):
             return self._keep(name, self._tried(lambda: self._session.vary(check)))
+        if isinstance(check, ReferenceCheck):
+            return self._keep(name, self._tried(lambda: self._session.examine(check)))
         subject = self._tried(lambda: self._session.subject)
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
@@ -303,7 +305,7 @@ def merge_parts(folder: Path, wanted: Mapping[str, str | None]) -> tuple[list[st
     for key, found in by_model.items():
         results, name = merge_results(found), names[key]
         summary = results.summary
-        started = f", {starts(results)}" if results.run.starts else ""
+        started = f", {starts(results)}" if len(results.run.starts) > SIDES else ""
         lines.append(
             f"{summary.verdict.upper():<13}{name}: {summary.compared} compared, {summary.failed} failed{started}"
         )

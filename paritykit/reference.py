@@ -5,11 +5,13 @@ Both are run on first need, each once, one after the other in one process, and k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
@@ -37,13 +39,15 @@ class Role:
 class Reference:
     """``truth`` and, where there is a noise floor to measure, ``twin``; ``plain`` runs where the truth cannot.
 
-    ``no_floor`` says why there is no twin. ``host`` is a process of their own that they share.
+    ``no_floor`` says why there is no twin. ``variants`` are other ways to run it in the twin's dtype, by what differs;
+    a variant gets all cases in one batch. ``host`` is a process of their own that they all share.
     """
 
     truth: Role
     twin: Role | None = None
     plain: Role | None = None
     no_floor: str = UNKNOWN
+    variants: dict[str, Role] = field(default_factory=dict)
     host: HostProcess | None = None
     store: Store | None = None
     folder: Path = field(default_factory=Path)
@@ -78,9 +82,21 @@ class Reference:
             self.host.stop()
         return found
 
+    def run_variants(self) -> Iterator[tuple[str, Capture | EngineError]]:
+        """What each of the variants gives, fed the truth's tokens, or the error that ended it."""
+        truth = self.capture
+        forced = [msgspec.structs.replace(c.force(truth.continuation(c.id)), batch=0) for c in self.cases]
+        for number, (name, role) in enumerate(self.variants.items()):
+            try:
+                yield name, self._take(role, forced, f"variant{number}")
+            except EngineError as error:
+                yield name, error
+        if self.host is not None:
+            self.host.stop()
+
     def close(self) -> None:
         """Free everything."""
-        for role in (self.truth, self.twin, self.plain):
+        for role in (self.truth, self.twin, self.plain, *self.variants.values()):
             if role is not None:
                 role.engine.close()
         if self.host is not None:

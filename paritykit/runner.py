@@ -15,7 +15,16 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS
-from paritykit.checks.base import Answer, Check, InvarianceCheck, ModelCheck, ModelSubject, Subject
+from paritykit.checks.base import (
+    Answer,
+    Check,
+    InvarianceCheck,
+    ModelCheck,
+    ModelSubject,
+    ReferenceCheck,
+    ReferenceSubject,
+    Subject,
+)
 from paritykit.checks.checkpoint import answer_of
 from paritykit.comparison.policy import Policy, read_policies
 from paritykit.comparison.tolerance import check_overrides
@@ -150,6 +159,7 @@ class Session:
         cased = [c.name for c in loaded if isinstance(c, Check)]
         subject = self.subject if cased else None
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
+        answers += [self.examine(c) for c in loaded if isinstance(c, ReferenceCheck)]
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
         found = self.explained([f for a in answers for f in a.findings] + findings)
@@ -184,6 +194,18 @@ class Session:
             return Answer(coverage=Coverage(check=check.name, points=0, compared=0, skipped=skipped), findings=[])
         self._say(f"checking: {check.name}")
         return check.run(self.model)
+
+    def examine(self, check: ReferenceCheck) -> Answer:
+        """What a check of the reference alone finds."""
+        self._say(f"checking: {check.name}")
+        twin = self._reference.twin_capture
+        subject = ReferenceSubject(
+            truth=self.reference,
+            twin=twin,
+            variants=self._reference.run_variants,
+            no_floor=self._reference.no_floor,
+        )
+        return check.run(subject)
 
     @cached_property
     def laboratory(self) -> Laboratory:
@@ -254,10 +276,14 @@ class Session:
         """The first record. Where no case ran, the reference is the checkpoint itself."""
         captured = "reference" in self.__dict__
         side = self.reference.manifest.side if captured else checkpoint_side(self._checkpoint)
-        candidate = (
-            self.candidate.manifest.side if "candidate" in self.__dict__ else self._opened_candidate().describe()
-        )
-        return run_record(side, candidate, checks, command=command, starts=self.starts)
+        return run_record(side, self._candidate_side(checks), checks, command=command, starts=self.starts)
+
+    def _candidate_side(self, checks: list[str]) -> Side:
+        if "candidate" in self.__dict__:
+            return self.candidate.manifest.side
+        alone = all(isinstance(CHECKS.get(name), ReferenceCheck) for name in checks)
+        twin = self._reference.twin_capture if alone else None
+        return twin.manifest.side if twin is not None else self._opened_candidate().describe()
 
     def _weights(self) -> WeightSubject:
         """The candidate's ledgers beside what the checkpoint and the reference let expect."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,7 @@ from paritykit.results import Coverage, Finding, WeightRow
 if TYPE_CHECKING:
     from paritykit.audit.notice import Audit
     from paritykit.captures.reader import Capture
+    from paritykit.errors import EngineError
     from paritykit.mapping.build import Mapping
 
 LOGITS = "#logits"
@@ -54,6 +55,7 @@ class Subject:
         self._policies = policies or []
         self.twin, self._no_floor = _fitting(twin, candidate, no_floor)
         self.twin_errors: dict[str, float] = {}
+        self.flips: dict[str, list[Any]] = {}
 
     @cached_property
     def graph(self) -> Graph:
@@ -61,10 +63,20 @@ class Subject:
         return Graph(self.reference.manifest)
 
     @cached_property
+    def routers(self) -> set[str]:
+        """The points that are router logits of a mixture of experts."""
+        return {p.key for p in self.reference.manifest.points if "Router" in p.kind and not p.port}
+
+    @cached_property
     def routed_from(self) -> int | None:
         """Execution order of the reference's first MoE router; None in a dense model."""
-        orders = [self.graph.order(p.key) for p in self.reference.manifest.points if "Router" in p.kind]
-        return min(orders, default=None)
+        return min((self.graph.order(key) for key in self.routers), default=None)
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts a token goes to, those with the largest router logits; None where that is not the rule."""
+        found = self.reference.manifest.facts.get("experts_per_token")
+        return int(found) if found else None
 
     @property
     def half_precision(self) -> bool:
@@ -158,6 +170,35 @@ class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
     question: str
     run: Callable[[ModelSubject], Answer]
     needs: str = ""
+    detects: tuple[str, ...] = ()
+
+
+class ReferenceSubject:
+    """The reference alone: its truth, its twin, and other ways to run it in the twin's dtype.
+
+    ``variants`` gives each of these with its name, or with the error that ended it; asked for only beside a twin.
+    """
+
+    def __init__(
+        self,
+        *,
+        truth: Capture,
+        twin: Capture | None,
+        variants: Callable[[], Iterator[tuple[str, Capture | EngineError]]],
+        no_floor: str = "",
+    ) -> None:
+        self.truth = truth
+        self.twin = twin
+        self.variants = variants
+        self.no_floor = no_floor
+
+
+class ReferenceCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One question about the reference alone. It runs the reference in other ways."""
+
+    name: str
+    question: str
+    run: Callable[[ReferenceSubject], Answer]
     detects: tuple[str, ...] = ()
 
 

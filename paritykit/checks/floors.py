@@ -72,17 +72,23 @@ def pooled_floor(subject: Subject, key: str) -> float:
     return max(_over_cases(subject, key), min(neighbours) if len(neighbours) == 2 else 0.0)
 
 
-def sound_positions(subject: Subject, rule: Rule, case: str) -> dict[int, bool] | None:
-    """For each position whether the candidate's error there is within the noise floor; None without one."""
-    meter, places = FloorMeter(subject.twin, point=rule.reference, case=case), list[int]()
+def sound_positions(subject: Subject, rule: Rule, case: str, *, check: str = "modules") -> dict[int, bool]:
+    """For each position whether the candidate's error there is no more than it may be of a single one."""
+    dtypes = (subject.reference.point(rule.reference).dtype, subject.candidate.point(rule.candidate).dtype)
+    policy = subject.policy(rule.reference, dtypes, check=check)
+    meter, places = Meter(), list[int]()
+    floor = FloorMeter(subject.twin if subject.floor_judges(dtypes, policy) else None, point=rule.reference, case=case)
     for position, left, right in pairs(rule, subject.reference, subject.candidate, case):
-        meter.update(position, left, right)
+        meter.update(left, right)
+        floor.update(position, left, right)
         places += range(position, position + len(left))
-    noise = meter.result()
+    noise = floor.result()
     if noise is None:
-        return None
-    dtype = subject.candidate.point(rule.candidate).dtype
-    far = beyond_floor(noise, dtype=dtype, factor=FACTOR * chance(min(noise.features, DEGREES)))
+        allowed = subject.allowed(dtypes, order=subject.graph.order(rule.reference), policy=policy).position
+        far = [not error <= allowed for error in meter.result().row_rel_l2]
+    else:
+        factor = FACTOR if policy is None or policy.factor is None else policy.factor
+        far = beyond_floor(noise, dtype=dtypes[1], factor=factor * chance(min(noise.features, DEGREES)))
     return {place: not beyond for place, beyond in zip(places, far, strict=True)}
 
 

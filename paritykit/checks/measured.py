@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import msgspec
-
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import Subject
 from paritykit.checks.floors import FloorMeter, judge_point
+from paritykit.checks.routing import soften
 from paritykit.comparison.align import pairs
 from paritykit.comparison.judge import finding_from
 from paritykit.comparison.metrics import Meter
@@ -81,15 +80,3 @@ def wanted_rows(subject: Subject, rule: Rule, case: str, *, found: list[int]) ->
         if found == list(range(max(0, end - window), end)):
             return len(found)
     return wanted
-
-
-def soften(subject: Subject, finding: Finding) -> Finding:
-    """A failure behind MoE routing in half precision is *inconclusive* where no noise floor was measured.
-
-    A near-tie may send a token to another expert there, and all that follows differs with it.
-    """
-    behind = subject.routed_from is not None and finding.order > subject.routed_from and subject.half_precision
-    if finding.verdict != "fail" or not behind or finding.metric == "nonfinite_mismatch":
-        return finding
-    text = "behind expert routing in half precision, where near-ties may flip; --dtype float32 checks the structure"
-    return msgspec.structs.replace(finding, verdict="inconclusive", message=finding.message or text)

@@ -5,14 +5,11 @@ What a near-tie is, and why it is no failure: ``paritykit.comparison.choices``.
 
 from __future__ import annotations
 
-import torch
-
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.floors import sound_positions
 from paritykit.checks.logits import logits_pair, logits_rule
-from paritykit.checks.measured import soften
-from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices, logits_within
-from paritykit.mapping.rules import Rule
+from paritykit.checks.routing import soften
+from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices
 from paritykit.results import Coverage, Finding, Unmatched
 
 FORCED = "#tokens"
@@ -40,9 +37,8 @@ def _judged(subject: Subject, case: str, point: str, ours: list[int], theirs: li
     def weigh(step: int) -> Choice:
         places, left, right = logits_pair(subject, rule, case)
         row = places.index(len(subject.reference.cases[case].tokens) - 1 + step)
-        logits = left[row], right[row]
-        sound = _sound(subject, rule, case, places[row], logits)
-        return choice_at(step, (ours[step], theirs[step]), logits, sound=sound)
+        sound = sound_positions(subject, rule, case, check="tokens")[places[row]]
+        return choice_at(step, (ours[step], theirs[step]), (left[row], right[row]), sound=sound)
 
     even = len(ours) == len(theirs)
     flips, text = compare_choices(ours if even else [], theirs, weigh, sides=SIDES, stop=stop)
@@ -57,16 +53,6 @@ def _judged(subject: Subject, case: str, point: str, ours: list[int], theirs: li
         error=not even,
     )
     return soften(subject, finding)
-
-
-def _sound(subject: Subject, rule: Rule, case: str, place: int, logits: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    """Whether the logits of a position differ by no more than they may."""
-    dtypes = (subject.reference.manifest.side.dtype, subject.candidate.manifest.side.dtype)
-    policy = subject.policy(LOGITS, dtypes, check="tokens")
-    within = sound_positions(subject, rule, case) if subject.floor_judges(dtypes, policy) else None
-    if within is not None:
-        return within[place]
-    return logits_within(logits, subject.allowed(dtypes, order=subject.graph.order(LOGITS), policy=policy))
 
 
 def cover(subject: Subject) -> Coverage:

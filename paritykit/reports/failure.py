@@ -50,10 +50,12 @@ def what(results: Results) -> str:
     if state(results) == "fail" and first is not None:
         subject = " / ".join(part for part in (first.check, first.case) if part)
         found = first_finding(results)
-        candidate = side_name(results.run.candidate)
+        candidate, reference = side_name(results.run.candidate), side_name(results.run.reference)
+        if first.check == "reference" and found is not None:
+            return f"{subject}: the reference {reference} differs from itself with {shorten(found.condition, LIMIT)}"
         if found is not None and found.condition:
             return f"{subject}: {candidate} differs from itself {shorten(found.condition, LIMIT)}"
-        return f"{subject}: {candidate} differs from {side_name(results.run.reference)}"
+        return f"{subject}: {candidate} differs from {reference}"
     return f"{WORDS[state(results)].lower()}: {headline(results)}  [{sides(results)}]"
 
 
@@ -100,6 +102,9 @@ def _where(first: Divergence, finding: Finding | None) -> list[Field]:
         found.append(("local", shorten(local(finding), LIMIT)))
     if finding.message:
         found.append(("detail", shorten(finding.message, LIMIT)))
+    if finding.needs:
+        name, value = next(iter(finding.needs.items()))
+        found.append(("would pass with", f"{name} = {number(value)} in a policy"))
     if extent(finding):
         found.append(("extent", extent(finding)))
     return found

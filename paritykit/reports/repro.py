@@ -10,7 +10,6 @@ from paritykit.options import parse_engine_args
 from paritykit.reports.wording import first_finding
 from paritykit.results import Results
 
-PROGRAM = ["paritykit", "run"]
 _REPORTS = {"--jsonl", "--html", "--markdown", "--junit"}
 _SINGLE = {
     "--candidate": "candidate",
@@ -41,8 +40,11 @@ def repro(results: Results) -> str:
 
 def script(results: Results) -> str:
     """``repro`` as an import and a call; empty where it is no ``paritykit run``, or one that names a file of cases."""
-    words = shlex.split(repro(results)) if results.summary.first_divergence else []
-    if words[:2] != PROGRAM or "--cases" in words:
+    command = repro(results)
+    if results.summary.first_divergence is None or not command.startswith("paritykit run "):
+        return ""
+    words = shlex.split(command)
+    if "--cases" in words:
         return ""
     checks, cases = list(_values(words, "--check")), list(_values(words, "--case"))
     given = {name: value for option, name in _SINGLE.items() for value in _values(words, option)}

@@ -10,7 +10,7 @@ from rich.text import Text
 from paritykit.errors import UnknownNameError
 from paritykit.reports.failure import LIMIT, Field, cause_text, failure_text, fields_of, gap_lists, judged, next_steps
 from paritykit.reports.replayed import local, origin
-from paritykit.reports.wording import WORDS, extent, headline, number, shorten, sides, starts, state
+from paritykit.reports.wording import SIDES, WORDS, extent, headline, number, shorten, sides, starts, state
 from paritykit.results import Finding, Results
 
 __all__ = ["failure_text", "print_summary", "render", "show_point"]
@@ -33,7 +33,7 @@ def print_summary(results: Results, *, console: Console, verbose: bool = False, 
     head.append(headline(results), style="bold")
     _print(console, head)
     _print_field(console, ("sides", f"{sides(results)}   {results.run.candidate.model}"))
-    engines = [("engines", shorten(starts(results), LIMIT))] if len(results.run.starts) > 2 else []
+    engines = [("engines", shorten(starts(results), LIMIT))] if len(results.run.starts) > SIDES else []
     for field in [*fields_of(results), ("checks", _checks(results)), *engines, *next_steps(results, report=report)]:
         _print_field(console, field)
     if verbose:

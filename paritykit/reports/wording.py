@@ -71,6 +71,10 @@ def sides(results: Results) -> str:
     return f"{candidate} against {'itself' if alone else side_name(results.run.reference)}"
 
 
+SIDES = 3
+"""Starts that a plain run has: the reference as truth and as twin, and the candidate."""
+
+
 def starts(results: Results) -> str:
     """How often engines were started, and with which arguments; empty where nothing was counted."""
     found = results.run.starts

@@ -1,4 +1,4 @@
-"""Causes keep their promises: the right one is named first, a clean pair is given none, and what is odd stays unknown."""
+"""Causes keep their promises: the right one is named first, a clean pair is given none, the odd stays unknown."""
 
 from __future__ import annotations
 

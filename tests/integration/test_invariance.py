@@ -89,6 +89,8 @@ def test_quiet_on_a_clean_engine(session: Callable[..., Session], family: str) -
                 "order of sums" in f.allowed_source for f in answer.findings if f.metric == "rel_l2" and f.condition
             )
     assert set(ran.starts) == {
+        "reference",
+        "candidate",
         "max_num_batched_tokens=1, max_num_seqs=1",
         "max_num_batched_tokens=7, max_num_seqs=7",
         "max_num_batched_tokens=16",
