@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.repro import repro, script
 from paritykit.reports.wording import (
@@ -28,6 +30,8 @@ from paritykit.results import Cause, Divergence, Finding, Results, Unmatched
 Field = tuple[str, str]
 LIMIT = 400
 SHOWN_GAPS = 2
+NEAR = 10.0
+"""A policy that would let a failure pass is told up to this factor: beyond, it is no question of tolerance."""
 
 
 def failure_text(results: Results, *, report: str = "") -> str:
@@ -102,8 +106,8 @@ def _where(first: Divergence, finding: Finding | None) -> list[Field]:
         found.append(("local", shorten(local(finding), LIMIT)))
     if finding.message:
         found.append(("detail", shorten(finding.message, LIMIT)))
-    if finding.needs:
-        name, value = next(iter(finding.needs.items()))
+    name, value = next(iter(finding.needs.items()), ("", math.inf))
+    if value <= NEAR:
         found.append(("would pass with", f"{name} = {number(value)} in a policy"))
     if extent(finding):
         found.append(("extent", extent(finding)))

@@ -156,8 +156,8 @@ def test_a_hypothesis_that_breaks_is_dropped_and_the_others_go_on(
         raise KeyError("not in this model")
 
     odd = CauseKind(code="PK198", name="odd", what="w", tested="t", look="l", tests=("tests.causes:EXPLAINED",))
-    monkeypatch.setattr(CauseKind, "sources", lambda kind: iter([broken]) if kind is odd else iter(loaded[kind.name]))
     loaded = {n: [*map(_load, k.tests)] for n, k in KINDS.items()}
+    monkeypatch.setattr(CauseKind, "sources", lambda kind: iter([broken]) if kind is odd else iter(loaded[kind.name]))
     monkeypatch.setitem(CAUSES._values, "odd", odd)
     (answer,) = answers(ground, find("norm-eps"), "qwen2", tmp_path)
     assert answer.first
