@@ -89,6 +89,7 @@ def test_nano_is_at_parity_on_any_model(family: str, count: int, tmp_path: Path)
     law()
 
 
+@pytest.mark.deep
 def test_a_mistake_shrinks_to_the_field_it_takes(tmp_path: Path) -> None:
     """An engine that forgets the bias of its output projection is wrong on models that have one, and on no others."""
 

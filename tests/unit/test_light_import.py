@@ -14,7 +14,7 @@ import pytest
 import paritykit
 
 ROOT = Path(paritykit.__file__).parents[1]
-HEAVY = ("torch", "transformers", "vllm", "numpy")
+HEAVY = ("torch", "transformers", "vllm", "numpy", "hypothesis")
 COLLECT = "import pytest; assert pytest.main(['--collect-only', '-q', '-p', 'paritykit.pytest_plugin', {!r}]) == 0"
 TEST_FILE = "def test_nothing(): pass\n"
 
@@ -38,6 +38,7 @@ def heavy_after(statement: str, *, cwd: Path) -> list[str]:
     "paritykit.results, paritykit.config, paritykit.case, paritykit.registry, paritykit.errors",
     "paritykit.reports",
     "paritykit.doctor",
+    "paritykit.testing, paritykit.testing.named, paritykit.models",
 ])  # fmt: skip
 def test_import_is_light(module: str, tmp_path: Path) -> None:
     assert heavy_after(f"import {module}", cwd=tmp_path) == []

@@ -183,7 +183,7 @@ def build_some(family: str, count: int, folders: pytest.TempPathFactory) -> None
             logits = loaded.eval()(tokens).logits
         assert logits.shape == (1, 40, model.config["vocab_size"])
         assert logits.isfinite().all()
-        assert logits.argmax(-1).unique().numel() > 3, "the model mostly ignores its input"
+        assert (logits - logits.mean(1, keepdim=True)).norm() > 0.1 * logits.norm(), "the model ignores its input"
 
     law()
 
