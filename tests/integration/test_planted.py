@@ -181,8 +181,10 @@ def test_a_feed_that_does_not_fit_stops_the_run_and_not_the_engine(ground: Groun
 
 @pytest.mark.deep
 @pytest.mark.xdist_group("vllm-faults")
-def test_arguments_plant_what_the_block_plants(ground: Ground) -> None:
-    made = Trial(ground, find("norm-eps"), "qwen2", LAYER)
-    wrong = made.planted()
-    engine = ground.engine(Path(made.model), **made.fault.arguments(layer=LAYER))
+@pytest.mark.parametrize("name", ["norm-eps", "prefix-hit-too-long"])
+def test_arguments_plant_what_the_block_plants(ground: Ground, name: str) -> None:
+    made = Trial(ground, find(name), "qwen2", LAYER)
+    clean, wrong = made.clean(), made.planted()
+    assert differences(clean, wrong)
+    engine = ground.engine(Path(made.model), **made.fault.when.arguments, **made.fault.arguments(layer=LAYER))
     assert differences(wrong, ground.run(engine, made.cases)) == {}

@@ -87,19 +87,31 @@ class VllmHost(Host):
         return self.llm.scheduler
 
     def on_hit(self, wrong: Callable[[int], int]) -> None:
-        """``wrong(found)`` instead of how many of a new request's positions are in the prefix cache."""
+        """``wrong(found)`` instead of how many of a new request's positions are in the prefix cache.
 
-        def computed(right_of: Any, request: Any) -> Any:
-            blocks, found, *rest = right_of(request)
-            return blocks, min(wrong(found), request.num_tokens - 1), *rest
+        The workers are told so: vLLM itself refuses to find a part of a block.
+        """
 
-        self.changes.wrap(self.scheduler.kv_cache_manager, "get_computed_blocks", computed)
+        def schedule(right_of: Any, *args: Any, **options: Any) -> Any:
+            output = right_of(*args, **options)
+            counts = output.num_scheduled_tokens
+            for request in output.scheduled_new_reqs:
+                found = request.num_computed_tokens
+                more = min(wrong(found) - found, counts[request.req_id] - 1)
+                request.num_computed_tokens += more
+                counts[request.req_id] -= more
+                output.total_num_scheduled_tokens -= more
+            return output
+
+        self.changes.wrap(self.scheduler, "schedule", schedule)
 
     def forget_parents(self) -> None:
-        """Let a block be known by its own tokens, without those before them."""
+        """Let a block be known by its own tokens, without those before them. Nothing where no prefix is cached."""
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
+        if self.llm.request_block_hasher is None:
+            return
         config = self.llm.vllm_config.cache_config
         digest, size = get_hash_fn_by_name(config.prefix_caching_hash_algo), config.block_size
 
