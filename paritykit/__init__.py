@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paritykit.api import ParityRun, capture, compare, weights
+    from paritykit.api import ParityRun, capture, compare, run, weights
     from paritykit.captures.reader import Capture
     from paritykit.case import Case, CaseSet, cases
     from paritykit.engines import engine
@@ -32,6 +32,7 @@ __all__ = [
     "cases",
     "compare",
     "engine",
+    "run",
     "weights",
 ]
 
@@ -48,6 +49,7 @@ _HOME = {
     "capture": "paritykit.api",
     "cases": "paritykit.case",
     "compare": "paritykit.api",
+    "run": "paritykit.api",
     "weights": "paritykit.api",
     "engine": "paritykit.engines",
 }

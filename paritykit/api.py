@@ -1,4 +1,4 @@
-"""The Python interface: ``capture``, ``compare``, and what a comparison gives back.
+"""The Python interface: ``run``, ``capture``, ``compare``, and what a comparison gives back.
 
 ::
 
@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from paritykit.engines.base import Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import ParityFailure, UsageError
 from paritykit.mapping.user import read_rules
+from paritykit.plan import make_plan
 from paritykit.reports import write_report
 from paritykit.reports.terminal import failure_text
+from paritykit.repro import command_of
 from paritykit.results import Divergence, Results, Summary
 from paritykit.runner import compare_captures, weight_results
 
@@ -62,6 +64,46 @@ class ParityRun:
         """Raise ParityFailure unless the verdict is ``pass``: too little compared is not parity either."""
         if self.summary.verdict != "pass":
             raise ParityFailure(failure_text(self.results))
+
+
+def run(
+    model: str | os.PathLike[str],
+    *,
+    candidate: str | None = None,
+    reference: str | None = None,
+    checks: Sequence[str] = (),
+    cases: CaseSet | None = None,
+    dtype: str | None = None,
+    reference_dtype: str | None = None,
+    tensor_parallel_size: int = 1,
+    engine_args: Mapping[str, Any] | None = None,
+    reference_args: Mapping[str, Any] | None = None,
+    map_file: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> ParityRun:
+    """What ``paritykit run`` does, with its defaults: both engines by name, in processes of their own.
+
+    ::
+
+        pk.run("tiny:qwen2", candidate="nano", checks=["batching"], cases=pk.cases("len-17+4")).raise_on_failure()
+
+    ``engine_args`` go to the candidate. Raises UsageError for what cannot be, EngineError if an engine does not run.
+    """
+    given = {"candidate": candidate, "reference": reference, "dtype": dtype, "reference_dtype": reference_dtype}
+    plan = make_plan(
+        os.fspath(model),
+        given=given,
+        checks=checks,
+        case_names=cases.names if cases else (),
+        fixed=cases.fixed if cases else (),
+        engine_args=engine_args,
+        reference_args=reference_args,
+        tensor_parallel_size=tensor_parallel_size,
+        map_file=map_file,
+    )
+    names = cases.names if cases else plan.case_names
+    with plan.open(progress=progress) as session:
+        return ParityRun(session.results(plan.checks, command=command_of(plan, cases=names, checks=checks)))
 
 
 def capture(

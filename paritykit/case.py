@@ -45,21 +45,27 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, forced=tuple(generated)[: self.new_tokens])
 
 
-SIZED = re.compile(r"len-(\d+)(?:\+(\d+))?(?:@(\w+))?")
+SIZED = re.compile(r"len-(\d+)(?:\+(\d+)(f?))?(?:@(?:([a-z]+)(\d+)([a-z]+)|(\w+)))?(?::\d+)?")
 EDGES = 11
-"""Among so many tokens of a sized case one is the vocabulary's last, and one the first of its second half."""
+"""Among so many tokens of a sized case one is the vocabulary's last, and one lies at the edge of a shard."""
+SHARDS = (2, 4)
+PADDING = 64
 
 
 class Recipe(msgspec.Struct, frozen=True):
     """A built-in case before it meets a model: prompt length, generated tokens, batch.
 
-    Where there is a ``text``, cases of the same text begin alike: the shorter is a prefix of the longer.
+    Where there is a ``text``, cases of the same text begin alike: the shorter is a prefix of the longer. With a
+    ``fork`` the text goes on as another one from that position on. ``forced``: what follows the prompt is not chosen by
+    the engine but goes on with the text.
     """
 
     length: int
     new_tokens: int = 8
     batch: int = 0
     text: str = ""
+    fork: tuple[int, str] | None = None
+    forced: bool = False
 
     def draw(self, name: str, *, vocab_size: int, max_positions: int | None = None) -> Case:
         """The case for a model: seeded ids in ``[0, vocab_size)``, the last id among them unless there is only one.
@@ -68,14 +74,50 @@ class Recipe(msgspec.Struct, frozen=True):
         """
         new = self.new_tokens
         length = self.length if max_positions is None else max(1, min(self.length, max_positions - new))
-        rng = random.Random(f"{self.text or name}/{vocab_size}")
-        tokens = [rng.randrange(vocab_size) for _ in range(length)]
         if self.text:
-            tokens[EDGES // 2 :: EDGES] = [vocab_size - 1] * len(tokens[EDGES // 2 :: EDGES])
-            tokens[EDGES - 1 :: EDGES] = [vocab_size // 2] * len(tokens[EDGES - 1 :: EDGES])
-        elif length > 1:
-            tokens[length // 2] = vocab_size - 1
-        return Case(id=name, tokens=tuple(tokens), new_tokens=new, batch=self.batch)
+            tokens = self._written(length + new, vocab_size)
+        else:
+            rng = random.Random(f"{name}/{vocab_size}")
+            tokens = [rng.randrange(vocab_size) for _ in range(length)]
+            if length > 1:
+                tokens[length // 2] = vocab_size - 1
+        forced = tuple(tokens[length:]) if self.forced else ()
+        return Case(id=name, tokens=tuple(tokens[:length]), new_tokens=new, batch=self.batch, forced=forced)
+
+    def _written(self, count: int, vocab_size: int) -> list[int]:
+        """The first tokens of the text. Behind a fork the first one differs for sure."""
+        tokens = write_text(self.text, count, vocab_size=vocab_size)
+        if self.fork is None or self.fork[0] >= count:
+            return tokens
+        place, text = self.fork
+        other = write_text(text, count, vocab_size=vocab_size)
+        if other[place] == tokens[place]:
+            other[place] = (other[place] + 1) % vocab_size
+        return tokens[:place] + other[place:]
+
+
+def write_text(text: str, count: int, *, vocab_size: int) -> list[int]:
+    """The first ``count`` tokens of an endless text, seeded ids among which those at the edges come again and again."""
+    rng = random.Random(f"{text}/{vocab_size}")
+    tokens = [rng.randrange(vocab_size) for _ in range(count)]
+    edges = edge_ids(vocab_size)
+    for place in range(EDGES // 2, count, EDGES):
+        tokens[place] = vocab_size - 1
+    for number, place in enumerate(range(EDGES - 1, count, EDGES)):
+        tokens[place] = edges[number % len(edges)]
+    return tokens
+
+
+def edge_ids(vocab_size: int) -> list[int]:
+    """Ids next to where two or four ranks part the vocabulary, as it is or padded to 64s, and the first id.
+
+    >>> edge_ids(499)
+    [249, 0, 127, 128, 255, 256, 383, 384]
+    """
+    padded = -(-vocab_size // PADDING) * PADDING
+    cuts = sorted({padded * part // ranks for ranks in SHARDS for part in range(1, ranks)})
+    found = [vocab_size // 2, 0, *(cut + side for cut in cuts for side in (-1, 0))]
+    return [n for n in dict.fromkeys(found) if 0 <= n < vocab_size]
 
 
 RECIPES: dict[str, Recipe] = {
@@ -97,13 +139,18 @@ SETS: dict[str, tuple[str, ...]] = {
 def find_recipe(name: str) -> Recipe | None:
     """The recipe of a built-in case, or of a sized one: ``len-17``, ``len-17+4`` (new tokens), ``len-17+4@b`` (text).
 
-    >>> find_recipe("len-17+4@b")
-    Recipe(length=17, new_tokens=4, batch=0, text='@b')
+    ``len-17+4f``: the new tokens are fed, not chosen. ``@a16b``: text ``a``, from position 16 on text ``b``. ``:2`` at
+    the end: the same once more, under an id of its own.
+
+    >>> find_recipe("len-17+4f@a16b:2")
+    Recipe(length=17, new_tokens=4, batch=0, text='@a', fork=(16, '@b'), forced=True)
     """
     found = SIZED.fullmatch(name)
     if found is None or not int(found[1]):
         return RECIPES.get(name)
-    return Recipe(int(found[1]), int(found[2] or 0), text=f"@{found[3] or 'a'}")
+    length, new, forced, before, place, after, text = found.groups()
+    fork = (int(place), f"@{after}") if place else None
+    return Recipe(int(length), int(new or 0), text=f"@{before or text or 'a'}", fork=fork, forced=bool(forced))
 
 
 class CaseSet:

@@ -1,11 +1,11 @@
-"""What a user may write for MODEL: a folder, a hub id, or ``tiny:FAMILY``."""
+"""What a user may write for MODEL: a folder, a hub id, or ``tiny:FAMILY,FIELD=VALUE,...``."""
 
 from __future__ import annotations
 
 from paritykit.case import Tokenize
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.testing.named import TINY, TinyModel
 
-TINY = "tiny:"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -20,12 +20,8 @@ def resolve_model(model: str) -> Checkpoint:
 
 
 def folder_of(model: str) -> str:
-    """``model``, or the folder of the tiny model that ``tiny:FAMILY`` means, made on the spot."""
-    if not model.startswith(TINY):
-        return model
-    from paritykit.testing import tiny_model
-
-    return str(tiny_model(model.removeprefix(TINY)))
+    """``model``, or the folder of the tiny model that ``tiny:FAMILY,...`` means, made on the spot."""
+    return str(TinyModel(model).build()) if model.startswith(TINY) else model
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenize | None:

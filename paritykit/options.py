@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,19 @@ def apply(options: Iterable[Decorator]) -> Decorator:
     return decorate
 
 
+def format_engine_args(arguments: Mapping[str, Any]) -> list[str]:
+    """``KEY=VALUE`` words that ``parse_engine_args`` reads back.
+
+    >>> format_engine_args({"block_size": 32, "kv": "paged", "note": "7"})
+    ['block_size=32', 'kv=paged', 'note="7"']
+    """
+    found = []
+    for key, value in arguments.items():
+        plain = isinstance(value, str) and parse_engine_args([f"{key}={value}"])[key] == value
+        found.append(f"{key}={value if plain else msgspec.json.encode(value).decode()}")
+    return found
+
+
 def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; values are JSON where they can be, text otherwise. Raises UsageError.
 
@@ -85,8 +98,17 @@ def parse_engine_args(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise UsageError(f"--engine-arg {pair!r} is not of the form KEY=VALUE")
-        try:
-            found[key] = msgspec.json.decode(text)
-        except msgspec.DecodeError:
-            found[key] = {"True": True, "False": False, "None": None}.get(text, text)
+        found[key] = read_value(text)
     return found
+
+
+def read_value(text: str) -> Any:
+    """``text`` as JSON where it can be, as Python's ``True``, ``False`` or ``None``, or as it is.
+
+    >>> [read_value(text) for text in ("32", "true", "None", "bfloat16")]
+    [32, True, None, 'bfloat16']
+    """
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +16,7 @@ from paritykit.engines import check_engine, engine
 from paritykit.engines.base import Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import dtype_name
-from paritykit.engines.process import HostProcess, ProcessEngine
+from paritykit.engines.process import HostPool, HostProcess, ProcessEngine
 from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.mapping.user import UserRule, read_rules
@@ -44,6 +44,7 @@ class Plan:
     reference_args: dict[str, Any] = field(default_factory=dict)
     rules: list[UserRule] | None = None
     explain: bool = True
+    map_file: str = ""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -52,6 +53,7 @@ class Plan:
 
     def open(self, *, progress: Progress | None = None) -> Session:
         """The session, its engines not started. Raises UsageError."""
+        hosts = HostPool()
         return Session(
             reference=self.reference_engine(),
             candidate=self.candidate_engine(),
@@ -60,15 +62,20 @@ class Plan:
             checkpoint=self.checkpoint,
             rules=self.rules,
             progress=progress,
-            vary=self.varied_engine,
+            vary=partial(self.varied_engine, hosts=hosts),
+            closing=hosts.stop,
             explain=self.explain,
         )
 
-    def varied_engine(self, arguments: dict[str, Any]) -> Any:
-        """The candidate with these arguments in place of its own, not started. Raises UsageError."""
+    def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
+        """The candidate with these arguments in place of its own, not started. Raises UsageError.
+
+        Engines on as many ranks share a process, one after the other.
+        """
         own = {"tensor_parallel_size": self.tensor_parallel_size, **self.engine_args, **arguments}
         ranks = own.pop("tensor_parallel_size")
-        return replace(self, engine_args=own, tensor_parallel_size=ranks).candidate_engine()
+        host = hosts.get(f"varied on {ranks * int(own.get('pipeline_parallel_size', 1))}")
+        return replace(self, engine_args=own, tensor_parallel_size=ranks).candidate_engine(host)
 
     def resolve_cases(self) -> list[Case]:
         """The cases for this model. Raises UsageError."""
@@ -141,6 +148,7 @@ def make_plan(
         reference_args=dict(reference_args or {}),
         rules=None if map_file is None else read_rules(map_file),
         explain=explain,
+        map_file="" if map_file is None else str(map_file),
     )
 
 

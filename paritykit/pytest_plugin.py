@@ -21,6 +21,7 @@ import pytest
 
 if TYPE_CHECKING:
     from paritykit.case import CaseSet
+    from paritykit.engines.process import HostPool
     from paritykit.plan import Plan
     from paritykit.pytest_session import Parity, ParitySession
 
@@ -30,6 +31,7 @@ OPTIONS = {
     "candidate": "candidate engine, or package.module:factory (default: vllm)",
     "dtype": "the candidate's dtype (default: auto, the checkpoint's own)",
     "reference-dtype": "the reference's dtype (default: float32)",
+    "profile": "how long drawn workloads are looked for: ci (default) or deep",
     "map": "TOML file with mapping rules",
     "html": "write an HTML report",
     "jsonl": "write the records of the run",
@@ -113,42 +115,48 @@ def parity_model(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def parity_plan(parity_model: str, pytestconfig: pytest.Config) -> Plan:
+def parity_engine(pytestconfig: pytest.Config) -> str | None:
+    """The candidate's name, from ``--parity-candidate``; None for the configured one."""
+    name: str | None = pytestconfig.getoption("--parity-candidate")
+    return name
+
+
+@pytest.fixture(scope="session")
+def parity_plan(parity_model: str, parity_engine: str | None, pytestconfig: pytest.Config) -> Plan:
     """What was asked for on the command line, for this model."""
     from paritykit.pytest_session import plan_from_options, told_briefly
 
     cases = pytestconfig.stash[CASES]
     with told_briefly():
-        return plan_from_options(parity_model, pytestconfig.getoption, cases=cases)
+        return plan_from_options(parity_model, pytestconfig.getoption, cases=cases, candidate=parity_engine)
 
 
 @pytest.fixture(scope="session")
-def parity_hosts() -> Iterator[dict[str, Any]]:
+def parity_hosts() -> Iterator[HostPool]:
     """Processes that engines of several models share, one after the other."""
-    from paritykit.engines.process import HostProcess
+    from paritykit.engines.process import HostPool
 
-    hosts = {side: HostProcess() for side in ("reference", "candidate")}
+    hosts = HostPool()
     yield hosts
-    for host in hosts.values():
-        host.stop()
+    hosts.stop()
 
 
 @pytest.fixture(scope="session")
-def parity_reference(parity_plan: Plan, parity_hosts: dict[str, Any]) -> Any:
+def parity_reference(parity_plan: Plan, parity_hosts: HostPool) -> Any:
     """The reference engine. Override it to give your own."""
     from paritykit.pytest_session import told_briefly
 
     with told_briefly():
-        return parity_plan.reference_engine(parity_hosts["reference"])
+        return parity_plan.reference_engine(parity_hosts.get("reference"))
 
 
 @pytest.fixture(scope="session")
-def parity_candidate(parity_plan: Plan, parity_hosts: dict[str, Any]) -> Any:
+def parity_candidate(parity_plan: Plan, parity_hosts: HostPool) -> Any:
     """The candidate engine. Override it to put your own under test: ``pk.engine("module", model=...)``."""
     from paritykit.pytest_session import told_briefly
 
     with told_briefly():
-        return parity_plan.candidate_engine(parity_hosts["candidate"])
+        return parity_plan.candidate_engine(parity_hosts.get("candidate"))
 
 
 @pytest.fixture(scope="session")
@@ -156,16 +164,22 @@ def parity_session(
     parity_plan: Plan,
     parity_reference: Any,
     parity_candidate: Any,
-    parity_hosts: dict[str, Any],
+    parity_hosts: HostPool,
     pytestconfig: pytest.Config,
 ) -> Iterator[ParitySession]:
     """Both engines on all collected cases; what was checked is left as a part of the records at the end."""
     from paritykit.pytest_session import ParitySession, told_briefly
 
     engines = {"reference": parity_reference, "candidate": parity_candidate}
-    planned = all(getattr(e, "host", None) in parity_hosts.values() for e in engines.values())
+    planned = all(getattr(e, "host", None) in parity_hosts for e in engines.values())
     with told_briefly():
-        session = ParitySession(parity_plan, **engines, command=None if planned else _command(pytestconfig))
+        session = ParitySession(
+            parity_plan,
+            **engines,
+            hosts=parity_hosts,
+            profile=pytestconfig.getoption("--parity-profile"),
+            command=None if planned else _command(pytestconfig),
+        )
     yield session
     session.finish(pytestconfig.stash[PARTS])
 

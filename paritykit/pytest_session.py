@@ -5,21 +5,28 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
-from paritykit.case import CaseSet
+from paritykit.case import Case, CaseSet
 from paritykit.checks import CHECKS
 from paritykit.checks.base import Answer, InvarianceCheck, ModelCheck, Subject
+from paritykit.engines.process import HostPool
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
+from paritykit.exploration import Exploration, explore
+from paritykit.invariance.explore import find_profile
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
 from paritykit.records import assemble, case_infos, merge_results
 from paritykit.reports import write_report
 from paritykit.reports.failure import failure_text
-from paritykit.results import Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
+from paritykit.reports.wording import starts
+from paritykit.repro import command_of
+from paritykit.results import CaseInfo, Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
 from paritykit.runner import Session
 
 T = TypeVar("T")
@@ -34,11 +41,12 @@ def told_briefly() -> Iterator[None]:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
-def plan_from_options(model: str, option: Callable[[str], Any], *, cases: Iterable[CaseSet]) -> Plan:
+def plan_from_options(
+    model: str, option: Callable[[str], Any], *, cases: Iterable[CaseSet], candidate: str | None = None
+) -> Plan:
     """The plan for a model from pytest's options, over all ``cases`` together. Raises UsageError."""
-    given = {
-        n: option("--parity-" + n.replace("_", "-")) for n in ("reference", "candidate", "dtype", "reference_dtype")
-    }
+    given = {n: option("--parity-" + n.replace("_", "-")) for n in ("reference", "dtype", "reference_dtype")}
+    given["candidate"] = candidate
     sets = list(cases)
     return make_plan(
         model,
@@ -55,12 +63,23 @@ def plan_from_options(model: str, option: Callable[[str], Any], *, cases: Iterab
 class ParitySession:
     """Engines and captures of one model, shared by its tests; findings are kept for the report.
 
-    ``command`` shows them again where ``paritykit run`` does not.
+    ``command`` shows them again where ``paritykit run`` does not: the engines are the user's own, and cannot be started
+    again with other arguments. ``profile`` says how long to look for workloads.
     """
 
-    def __init__(self, plan: Plan, *, reference: Any, candidate: Any, command: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        reference: Any,
+        candidate: Any,
+        hosts: HostPool,
+        profile: str | None = None,
+        command: list[str] | None = None,
+    ) -> None:
         self._plan = plan
-        self._given, self._command = command, command or _command(plan, plan.case_names)
+        self._profile = find_profile(profile or "ci")
+        self._command = command
         self._session = Session(
             reference=reference,
             candidate=candidate,
@@ -68,9 +87,10 @@ class ParitySession:
             config=plan.config,
             checkpoint=plan.checkpoint,
             rules=plan.rules,
-            vary=plan.varied_engine,
+            vary=None if command else partial(plan.varied_engine, hosts=hosts),
             explain=plan.explain,
         )
+        self._held: dict[str, Exploration] = {}
         self._coverage: dict[str, Coverage] = {}
         self._findings: list[Finding] = []
         self._weights: list[WeightRow] = []
@@ -95,29 +115,46 @@ class ParitySession:
         return self._keep(name, Answer(coverage=check.cover(subject), findings=findings))
 
     def hold(self, name: str, cases: CaseSet) -> Results:
-        """Run a check of invariance on cases of its own; nothing is kept for the report but a failure.
+        """Run a check of invariance on cases of its own; of one check the report shows the last workload that failed.
 
         Raises UsageError for another check, or cases that do not fit the model.
         """
-        check = CHECKS.get(name)
-        if not isinstance(check, InvarianceCheck):
-            raise UsageError(f"check {name!r} does not hold an engine against itself; use parity.check")
-        found = self._plan.checkpoint
+        check, found = _invariance(name), self._plan.checkpoint
         resolved = cases.resolve(vocab_size=found.vocab_size, max_positions=found.max_positions)
         answer = self._tried(lambda: self._session.vary(check, resolved))
-        command = self._given or _command(self._plan, cases.ids())
-        return self._assemble([name], [answer.coverage], answer.findings, [], command=command)
+        failed = any(f.verdict == "fail" for f in answer.findings)
+        return self._hold(name, Exploration(answer=answer, failing=resolved if failed else [], tried=1))
+
+    def explore(self, name: str) -> Results:
+        """Run a check of invariance on drawn workloads. Raises UsageError for another check."""
+        check = _invariance(name)
+        found = self._tried(
+            lambda: explore(self._session, check, checkpoint=self._plan.checkpoint, profile=self._profile)
+        )
+        return self._hold(name, found)
 
     def finish(self, parts: Path) -> None:
         """Close the engines and leave what was found in the folder of parts."""
         try:
-            if self._coverage:
+            held = [h.answer for h in self._held.values()]
+            coverage = [*self._coverage.values(), *(a.coverage for a in held)]
+            if coverage:
                 parts.mkdir(mode=0o700, exist_ok=True)
-                coverage = list(self._coverage.values())
-                whole = self._assemble(list(self._coverage), coverage, self._findings, self._weights)
+                findings = self._findings + [f for a in held for f in a.findings]
+                cases = [_case_info(c) for h in self._held.values() for c in h.failing]
+                whole = self._assemble(list(self._coverage), coverage, findings, self._weights, cases=cases)
                 write_jsonl(whole, parts / f"{uuid.uuid4().hex}.jsonl")
         finally:
             self._session.close()
+
+    def _hold(self, name: str, found: Exploration) -> Results:
+        ids = [c.id for c in found.failing]
+        named = [msgspec.structs.replace(f, workload=ids) for f in found.answer.findings]
+        answer = msgspec.structs.replace(found.answer, findings=named)
+        held = self._held.get(name)
+        if held is None or found.failing or not held.failing:
+            self._held[name] = msgspec.structs.replace(found, answer=answer)
+        return self._assemble([name], [answer.coverage], named, [], cases=map(_case_info, found.failing))
 
     def _tried(self, attempt: Callable[[], T]) -> T:
         """What ``attempt`` gives; engines that failed once are not tried again by every test."""
@@ -137,19 +174,23 @@ class ParitySession:
 
     def _assemble(
         self,
-        names: list[str],
+        checks: list[str],
         coverage: list[Coverage],
         findings: list[Finding],
         weights: list[WeightRow],
         *,
-        command: list[str] | None = None,
+        cases: Iterable[CaseInfo] = (),
     ) -> Results:
+        """``cases`` are those beside the session's own."""
+        command = self._command or command_of(self._plan, cases=self._plan.case_names)
+        run = self._session.run_record(checks, command=command)
+        infos = case_infos(self._subject, free=self._session.chosen_freely) if self._subject else []
         return assemble(
-            self._session.run_record(names, command=command or self._command),
+            run,
             coverage=coverage,
             findings=findings,
             weights=weights,
-            cases=case_infos(self._subject, free=self._session.chosen_freely) if self._subject else [],
+            cases=list({c.id: c for c in (*infos, *cases)}.values()),
             config=self._plan.config,
         )
 
@@ -181,13 +222,30 @@ class Parity:
         workload too small to be run in two ways passes. The test is skipped where the engine cannot do what is asked.
         """
         __tracebackhide__ = True
-        results = told(lambda: self._session.hold(name, workload))
-        if not results.findings:
-            reasons = [u.reason for c in results.coverage for u in c.skipped]
-            if reasons:
-                pytest.skip(reasons[0])
-            return results
-        return passed(results)
+        return _any_compared(told(lambda: self._session.hold(name, workload)))
+
+    def explore(self, name: str) -> Results:
+        """Hold the candidate against itself on workloads drawn for its blocks and the model's window.
+
+        Returns the records if check ``name`` passes on all; raises ParityFailure for the smallest workload that fails.
+        ``--parity-profile`` says how long to look. Needs Hypothesis. The test is skipped where the engine cannot do
+        what is asked.
+        """
+        __tracebackhide__ = True
+        results = told(lambda: self._session.explore(name))
+        self._item.user_properties += properties(results)
+        return _any_compared(results)
+
+
+def _invariance(name: str) -> InvarianceCheck:
+    check = CHECKS.get(name)
+    if not isinstance(check, InvarianceCheck):
+        raise UsageError(f"check {name!r} does not hold an engine against itself; use parity.check")
+    return check
+
+
+def _case_info(case: Case) -> CaseInfo:
+    return CaseInfo(id=case.id, tokens=list(case.tokens), new_tokens=case.new_tokens, batch=case.batch)
 
 
 def told(attempt: Callable[[], Results]) -> Results:
@@ -197,6 +255,17 @@ def told(attempt: Callable[[], Results]) -> Results:
         return attempt()
     except ParityError as error:
         raise error.with_traceback(None) from None
+
+
+def _any_compared(results: Results) -> Results:
+    """``results`` if they pass, or if there was nothing to tell apart; skips where the engine cannot be run so."""
+    __tracebackhide__ = True
+    if results.findings:
+        return passed(results)
+    reasons = [u.reason for c in results.coverage for u in c.skipped]
+    if reasons:
+        pytest.skip(reasons[0])
+    return results
 
 
 def passed(results: Results) -> Results:
@@ -233,7 +302,10 @@ def merge_parts(folder: Path, wanted: Mapping[str, str | None]) -> tuple[list[st
     for key, found in by_model.items():
         results, name = merge_results(found), names[key]
         summary = results.summary
-        lines.append(f"{summary.verdict.upper():<13}{name}: {summary.compared} compared, {summary.failed} failed")
+        started = f", {starts(results)}" if results.run.starts else ""
+        lines.append(
+            f"{summary.verdict.upper():<13}{name}: {summary.compared} compared, {summary.failed} failed{started}"
+        )
         for kind, target in wanted.items():
             if target:
                 path = Path(target) if len(by_model) == 1 else _beside(Path(target), name)
@@ -262,13 +334,3 @@ def _write(results: Results, kind: str, path: Path) -> str:
 
 def _beside(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}-{name}{path.suffix}")
-
-
-def _command(plan: Plan, cases: Iterable[str]) -> list[str]:
-    words = ["paritykit", "run", plan.model, "--candidate", str(plan.config["candidate"])]
-    words += ["--dtype", str(plan.config["dtype"])]
-    if plan.tensor_parallel_size != 1:
-        words += ["--tensor-parallel-size", str(plan.tensor_parallel_size)]
-    for key, value in plan.engine_args.items():
-        words += ["--engine-arg", f"{key}={value}"]
-    return words + [word for name in cases for word in ("--case", name)]

@@ -6,6 +6,8 @@ import os
 import platform
 import shlex
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
@@ -27,7 +29,14 @@ ENVIRONMENT = (
 """Environment variables a report may show."""
 
 
-def run_record(reference: Side, candidate: Side, checks: list[str], *, command: list[str] | None = None) -> Run:
+def run_record(
+    reference: Side,
+    candidate: Side,
+    checks: list[str],
+    *,
+    command: list[str] | None = None,
+    starts: dict[str, int] | None = None,
+) -> Run:
     """The first record of a run, made now."""
     return Run(
         paritykit=paritykit.__version__,
@@ -36,6 +45,7 @@ def run_record(reference: Side, candidate: Side, checks: list[str], *, command: 
         checks=checks,
         command=shlex.join(command or []),
         environment=environment(),
+        starts=starts or {},
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -85,6 +95,10 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count()), **shown}
 
 
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sum((Counter(c) for c in counts), Counter()))
+
+
 def merge_results(parts: list[Results]) -> Results:
     """One run of several that looked at the same two engines: findings together, the verdict made anew."""
     first = parts[0]
@@ -94,7 +108,7 @@ def merge_results(parts: list[Results]) -> Results:
     findings = list({(f.check, f.case, f.point): f for part in parts for f in part.findings}.values())
     summary = summarise(checks, list(coverage.values()), findings, min_coverage=load_config()["min_coverage"])
     return Results(
-        run=msgspec.structs.replace(first.run, checks=checks),
+        run=msgspec.structs.replace(first.run, checks=checks, starts=_added(part.run.starts for part in parts)),
         cases=list(cases.values()),
         coverage=list(coverage.values()),
         findings=findings,

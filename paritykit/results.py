@@ -38,7 +38,11 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
-    """First record: what was compared, with what, by which command."""
+    """First record: what was compared, with what, by which command.
+
+    ``starts`` counts how often an engine was started, by side, or by the arguments that it was given in place of its
+    own.
+    """
 
     schema: int = SCHEMA_VERSION
     paritykit: str
@@ -46,6 +50,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
     candidate: Side
     checks: list[str]
     command: str = ""
+    starts: dict[str, int] = {}
     created: str = ""
     environment: dict[str, str] = {}
 
@@ -112,8 +117,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     the reference's execution order; ``located`` the module to blame where it differs from the point that shows it.
     ``profile`` is the relative error per position, pooled to at most 64 numbers, ``positions`` the first and last
     position and ``failing`` the position ranges (inclusive) that are beyond tolerance. ``condition`` says how the
-    engine ran, where a check holds it against itself. ``local`` is its error on the reference's own values, where the
-    modules were replayed.
+    engine ran, where a check holds it against itself, and ``workload`` names all cases that ran, where these are not
+    those of the run. ``local`` is its error on the reference's own values, where the modules were replayed.
     """
 
     check: str
@@ -131,6 +136,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     located: str = ""
     message: str = ""
     condition: str = ""
+    workload: list[str] = []
     candidate_point: str = ""
     mapping: str = ""
     metrics: dict[str, float | None] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS
-from paritykit.checks.base import LOGITS, Answer, Check, InvarianceCheck, ModelCheck, ModelSubject, Subject
+from paritykit.checks.base import Answer, Check, InvarianceCheck, ModelCheck, ModelSubject, Subject
 from paritykit.checks.checkpoint import answer_of
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
@@ -40,7 +41,8 @@ class Session:
 
     With ``explain`` modules are replayed where a case fails.
 
-    Use as a context manager: engines are closed and temporary captures removed on leaving it.
+    Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
+    candidate with other arguments; ``closing`` is called last.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Session:
         progress: Progress | None = None,
         vary: Make | None = None,
         explain: bool = True,
+        closing: Callable[[], None] | None = None,
     ) -> None:
         self._explain = explain
+        self._closing = closing
         self._checkpoint = checkpoint
         self._pool = None if vary is None else EnginePool(vary)
         self.config = config or load_config()
@@ -68,6 +72,7 @@ class Session:
         self._progress = progress
         self._folder = tempfile.TemporaryDirectory(prefix="paritykit-")
         self._opened: set[str] = set()
+        self._starts: dict[str, int] = {}
         self._free: dict[str, list[int]] | None = None
 
     def __enter__(self) -> Session:
@@ -83,6 +88,8 @@ class Session:
         if self._pool is not None:
             self._pool.close()
         self._folder.cleanup()
+        if self._closing is not None:
+            self._closing()
 
     @cached_property
     def reference(self) -> Capture:
@@ -171,23 +178,35 @@ class Session:
         """The candidate, to be run in several ways on the session's cases."""
         return self._laboratory(self._cases, Path(self._folder.name))
 
-    def vary(self, check: InvarianceCheck, cases: list[Case] | None = None) -> Answer:
+    def vary(self, check: InvarianceCheck, cases: list[Case] | None = None, *, located: bool = True) -> Answer:
         """What a check of invariance finds, on the session's cases or on others, whose captures are not kept.
 
-        Of others only the logits are looked at, unless these differ.
+        Of others only the logits are looked at, up to the first run that differs; then, if it is to be ``located``,
+        all points of all runs.
         """
         self._say(f"checking: {check.name}")
         if cases is None:
             answer = check.run(self.laboratory)
             beside = [f for c in self.reference.cases for f in check.beside(self.subject, c)] if check.beside else []
             return add_findings(answer, beside)
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            quick = check.run(self._laboratory(cases, Path(folder), points=(LOGITS,)))
-            if all(f.verdict == "pass" for f in quick.findings):
-                return quick
-            return check.run(self._laboratory(cases, Path(folder) / "all"))
+        with self.bench(cases, points=check.looks) as laboratory:
+            quick = check.run(laboratory)
+        if not located or all(f.verdict == "pass" for f in quick.findings):
+            return quick
+        with self.bench(cases) as laboratory:
+            return check.run(laboratory)
 
-    def _laboratory(self, cases: list[Case], folder: Path, *, points: tuple[str, ...] | None = None) -> Laboratory:
+    @contextmanager
+    def bench(
+        self, cases: list[Case], *, points: tuple[str, ...] | None = None, thorough: bool = True
+    ) -> Iterator[Laboratory]:
+        """The candidate, to be run in several ways on ``cases``; what it gives is removed on leaving the context."""
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            yield self._laboratory(cases, Path(folder), points=points, thorough=thorough)
+
+    def _laboratory(
+        self, cases: list[Case], folder: Path, *, points: tuple[str, ...] | None = None, thorough: bool = True
+    ) -> Laboratory:
         return Laboratory(
             own=lambda: self._opened_engine("candidate"),
             pool=self._pool,
@@ -195,13 +214,20 @@ class Session:
             cases=cases,
             folder=folder,
             points=points,
+            thorough=thorough,
+            weights=lambda engine: judge_weights(self._weight_subject(engine)),
             progress=self._progress,
         )
 
     @property
+    def candidate_args(self) -> dict[str, str]:
+        """How the candidate runs; it is started on first need."""
+        return self._opened_engine("candidate").describe().args
+
+    @property
     def starts(self) -> dict[str, int]:
-        """How often the candidate was started with other arguments than its own, by these."""
-        return {} if self._pool is None else self._pool.starts
+        """How often each engine was started: the reference, the candidate, and this with other arguments, by these."""
+        return {**self._starts, **({} if self._pool is None else self._pool.starts)}
 
     def _lacks(self, check: ModelCheck) -> str:
         """Why a model check has nothing to look at; empty where it has."""
@@ -221,11 +247,13 @@ class Session:
             if "candidate" in self.__dict__
             else self._opened_engine("candidate").describe()
         )
-        return run_record(side, candidate, checks, command=command)
+        return run_record(side, candidate, checks, command=command, starts=self.starts)
 
     def _weights(self) -> WeightSubject:
         """The candidate's ledgers beside what the checkpoint and the reference let expect."""
-        engine: Any = self._opened_engine("candidate")
+        return self._weight_subject(self._opened_engine("candidate"))
+
+    def _weight_subject(self, engine: Any) -> WeightSubject:
         ledgers: list[RankLedger] = engine.ledger()
         return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype, allowed=self._allowed)
 
@@ -240,6 +268,7 @@ class Session:
             self._opened.add(side)
             self._say(f"starting {getattr(engine, 'name', side)}")
             engine.open()
+            self._starts[side] = self._starts.get(side, 0) + 1
         return engine
 
     def _run(self, side: str, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -127,12 +127,14 @@ class ModelCheck(msgspec.Struct, frozen=True, kw_only=True):
 class InvarianceCheck(msgspec.Struct, frozen=True, kw_only=True):
     """One question about an engine against itself: the same cases run in several ways. It may start engines anew.
 
-    ``run`` gets a ``paritykit.invariance.laboratory.Laboratory``. ``beside`` is what it also asks of the captures of
-    the reference and the candidate, case by case.
+    ``run`` gets a ``paritykit.invariance.laboratory.Laboratory``; ``looks`` are patterns of the points that show first
+    whether there is a difference. ``beside`` is what it also asks of the captures of the reference and the candidate,
+    case by case.
     """
 
     name: str
     question: str
-    run: Callable[[Any], Answer]
+    run: Callable[..., Answer]
+    looks: tuple[str, ...] = (LOGITS,)
     beside: Callable[[Subject, str], list[Finding]] | None = None
     detects: tuple[str, ...] = ()

@@ -1,45 +1,19 @@
 """Check ``tokens``: does greedy decoding choose the same tokens, fed the reference's and left alone?
 
-A different choice is a *near-tie*, and no failure, where the reference's own margin between the two tokens is within
-twice the logit error measured at that position, and that error is itself within tolerance.
+What a near-tie is, and why it is no failure: ``paritykit.comparison.choices``.
 """
 
 from __future__ import annotations
 
-import msgspec
-
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.logits import logits_pair, logits_rule
 from paritykit.checks.measured import soften
-from paritykit.comparison.metrics import measure
-from paritykit.results import Coverage, Finding, Unmatched, Verdict
+from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices
+from paritykit.results import Coverage, Finding, Unmatched
 
 FORCED = "#tokens"
 FREE = "#tokens:free"
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """A token both sides chose at one step: ids, the reference's margin between them, and the logit error there."""
-
-    step: int
-    reference: int
-    candidate: int
-    margin: float
-    error: float
-    sound: bool
-
-    @property
-    def near_tie(self) -> bool:
-        """Whether the measured error explains the difference."""
-        return self.sound and self.margin <= 2 * self.error
-
-    def describe(self) -> str:
-        """The choice in words."""
-        kind = "near-tie" if self.near_tie else "flip"
-        return (
-            f"new token {self.step}: {self.reference} in the reference, {self.candidate} in the candidate; {kind}: "
-            f"margin {self.margin:.3g}, logit error {self.error:.3g}"
-        )
+SIDES = ("the reference", "the candidate")
 
 
 def run(subject: Subject, case: str) -> list[Finding]:
@@ -56,51 +30,27 @@ def run(subject: Subject, case: str) -> list[Finding]:
 
 def _judged(subject: Subject, case: str, point: str, ours: list[int], theirs: list[int], *, stop: bool) -> Finding:
     """Judge every differing choice; ``stop`` after the first, since what follows continues another text."""
-    if len(ours) != len(theirs):
-        return _finding(
-            subject,
-            case,
-            point,
-            "error",
-            message=f"{len(theirs)} new tokens instead of {len(ours)}",
-            flips=0,
-            total=len(ours),
-        )
-    steps = [n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-    choices = [_choice(subject, case, n, ours[n], theirs[n]) for n in (steps[:1] if stop else steps)]
-    flips = [c for c in choices if not c.near_tie]
-    text = "; ".join(c.describe() for c in (flips or choices)[:3])
-    return _finding(subject, case, point, "fail" if flips else "pass", message=text, flips=len(flips), total=len(ours))
-
-
-def _choice(subject: Subject, case: str, step: int, ours: int, theirs: int) -> Choice:
     rule = logits_rule(subject)
     assert rule is not None
-    places, left, right = logits_pair(subject, rule, case)
-    row = places.index(len(subject.reference.cases[case].tokens) - 1 + step)
-    mine, other = left[row].double(), right[row].double()
-    sides = (subject.reference.manifest.side.dtype, subject.candidate.manifest.side.dtype)
-    allowed = subject.allowed(sides, order=subject.graph.order(LOGITS))
-    sound = measure(mine[None], other[None]).rel_l2 <= allowed.position
-    return Choice(step, ours, theirs, float(mine[ours] - mine[theirs]), float((mine - other).abs().max()), sound)
 
+    def weigh(step: int) -> Choice:
+        places, left, right = logits_pair(subject, rule, case)
+        row = places.index(len(subject.reference.cases[case].tokens) - 1 + step)
+        sides = (subject.reference.manifest.side.dtype, subject.candidate.manifest.side.dtype)
+        allowed = subject.allowed(sides, order=subject.graph.order(LOGITS))
+        return choice_at(step, (ours[step], theirs[step]), (left[row], right[row]), allowed)
 
-def _finding(
-    subject: Subject, case: str, point: str, verdict: Verdict, *, message: str, flips: int, total: int
-) -> Finding:
-    finding = Finding(
+    even = len(ours) == len(theirs)
+    flips, text = compare_choices(ours if even else [], theirs, weigh, sides=SIDES, stop=stop)
+    finding = choice_finding(
         check="tokens",
         case=case,
         point=point,
-        verdict=verdict,
-        metric="flips",
-        value=float(flips),
-        allowed=0.0,
-        allowed_source="flips beyond the measured logit error",
         order=subject.graph.order(LOGITS) + (2 if point == FREE else 1),
-        message=message,
-        metrics={"new_tokens": float(total)},
-        mapping="greedy choices, token by token",
+        flips=len(flips),
+        total=len(ours),
+        message=text if even else f"{len(theirs)} new tokens instead of {len(ours)}",
+        error=not even,
     )
     return soften(subject, finding)
 

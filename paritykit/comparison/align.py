@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -14,19 +14,35 @@ from paritykit.mapping.transform import ReadRank, apply_rule, flat
 
 Pair = tuple[int, torch.Tensor, torch.Tensor]
 """First position, reference rows and candidate rows, both ``[tokens, features]``."""
+Stretch = tuple[int, int]
+"""Consecutive positions: the first, and one past the last."""
 
 
 def pairs(rule: Rule, reference: Capture, candidate: Capture, case: str) -> Iterator[Pair]:
     """Aligned rows of one point and case, in order of position. Positions that one side lacks are left out."""
-    ours = reference.point(rule.reference)
-    leader = candidate.spans(candidate.point(rule.candidate), case)
-    for left in reference.spans(ours, case):
-        for right in leader:
-            start = max(left.position, right.position)
-            length = min(left.position + left.length, right.position + right.length) - start
-            if length > 0:
-                rows = rows_of(reference, left, start, length)
-                yield start, flat(rows), rule_rows(rule, candidate, case, start, length)
+    ours = reference.spans(reference.point(rule.reference), case)
+    theirs = stretches(candidate.spans(candidate.point(rule.candidate), case))
+    for left in ours:
+        for start, end in overlaps(stretches([left]), theirs):
+            rows = rows_of(reference, left, start, end - start)
+            yield start, flat(rows), rule_rows(rule, candidate, case, start, end - start)
+
+
+def stretches(spans: Iterable[Span]) -> list[Stretch]:
+    """The positions of each span."""
+    return [(s.position, s.position + s.length) for s in spans]
+
+
+def overlaps(left: list[Stretch], right: list[Stretch]) -> Iterator[Stretch]:
+    """What two ascending lists of stretches have in common.
+
+    >>> list(overlaps([(0, 5), (5, 9)], [(3, 7)]))
+    [(3, 5), (5, 7)]
+    """
+    for a, b in left:
+        for c, d in right:
+            if max(a, c) < min(b, d):
+                yield max(a, c), min(b, d)
 
 
 def rule_rows(rule: Rule, capture: Capture, case: str, start: int, length: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ CAPABILITIES = {
     "batch_invariant": "promises the same bits for a case alone and in a batch",
     "poison": "has ``poison_cache(value)``, which fills the whole KV cache between runs",
     "replay": "its ``run`` takes ``feed``, a ``paritykit.captures.feed.Feed`` that it carries out",
+    "cache_digest": "watches its cache in the run after ``poison_cache``; fact ``cache`` of its capture: a ``Watched``",
     "ledger": "has ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank as it was opened",
 }
 """What an engine may be capable of."""
@@ -35,8 +36,9 @@ CAPABILITIES = {
 class Engine(Protocol):
     """An engine, opened once, run many times, closed for good. ``capabilities`` are some of ``CAPABILITIES``.
 
-    Optional beside them: ``parameters()``, every rank's parameters by name; ``load_weights(folder)``, other weights of
-    the same shapes.
+    Optional beside them: ``variations``, other constructor arguments under which it must give the same, most telling
+    first, by check (``kv_cache``, ``tensor_parallel``, ``pipeline_parallel``); ``parameters()``, every rank's
+    parameters by name; ``load_weights(folder)``, other weights of the same shapes.
     """
 
     capabilities: frozenset[str]

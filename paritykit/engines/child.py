@@ -82,7 +82,8 @@ class _Host:
             self.close()
             self._engine = build_engine(order.engine, order.model, order.arguments)
             self._engine.open()
-            return Done(self._engine.describe(), sorted(self._engine.capabilities))
+            variations = getattr(self._engine, "variations", {})
+            return Done(self._engine.describe(), sorted(self._engine.capabilities), variations)
         if isinstance(order, Close):
             self.close()
             return Done()

@@ -57,6 +57,7 @@ class Done(msgspec.Struct, tag=True):
 
     side: Side | None = None
     capabilities: list[str] = []
+    variations: dict[str, list[dict[str, Any]]] = {}
 
 
 class Working(msgspec.Struct, tag=True):

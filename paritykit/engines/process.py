@@ -154,6 +154,26 @@ class HostProcess:
         return "\n".join(f"  {line}" for line in lines[-TAIL:])
 
 
+class HostPool:
+    """Host processes by name: engines that ask for the same one share it, one after the other."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[str, HostProcess] = {}
+
+    def get(self, name: str) -> HostProcess:
+        """The process of that name."""
+        return self._hosts.setdefault(name, HostProcess())
+
+    def __contains__(self, host: object) -> bool:
+        return any(host is known for known in self._hosts.values())
+
+    def stop(self) -> None:
+        """End every process."""
+        hosts, self._hosts = self._hosts, {}
+        for host in hosts.values():
+            host.stop()
+
+
 class ProcessEngine:
     """An engine by name, in a host process: the same protocol as the engine itself.
 
@@ -163,6 +183,7 @@ class ProcessEngine:
     def __init__(self, name: str, model: str, arguments: dict[str, Any], *, host: HostProcess | None = None) -> None:
         self.name = name
         self.capabilities: frozenset[str] = frozenset()
+        self.variations: dict[str, list[dict[str, Any]]] = {}
         self._order = Open(name, model, arguments)
         self.host = host or HostProcess()
         self._shared = host is not None
@@ -172,6 +193,7 @@ class ProcessEngine:
         """Start the process and load the model."""
         answer = self.host.ask(self._order)
         self._side, self.capabilities = answer.side, frozenset(answer.capabilities)
+        self.variations = answer.variations
 
     def run(
         self,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from paritykit.checks.base import InvarianceCheck
+from paritykit.captures.manifest import CACHE_PORTS
+from paritykit.checks.base import LOGITS, InvarianceCheck
 from paritykit.checks.modules import cached
 from paritykit.invariance.judge import judge_property
 
 
-def _check(name: str, question: str, *, detects: tuple[str, ...], beside: Any = None) -> InvarianceCheck:
-    run = partial(judge_property, name=name)
-    return InvarianceCheck(name=name, question=question, run=run, beside=beside, detects=detects)
+def _check(name: str, question: str, **more: Any) -> InvarianceCheck:
+    return InvarianceCheck(name=name, question=question, run=partial(judge_property, name=name), **more)
 
 
 TENSOR_PARALLEL = _check(
@@ -29,6 +29,7 @@ KV_CACHE = _check(
     "kv_cache",
     "does the KV cache hold what the reference's holds, however it is laid out and whatever it held before?",
     detects=("kv-slot", "kv-block-table", "kv-stale"),
+    looks=(LOGITS, *(f"*#{port}" for port in CACHE_PORTS)),
     beside=partial(cached, check="kv_cache"),
 )
 BATCHING = _check(

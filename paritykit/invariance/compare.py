@@ -12,12 +12,13 @@ import torch
 from paritykit.captures.manifest import CACHE_PORTS, Manifest, split_key
 from paritykit.captures.reader import Capture
 from paritykit.checks.base import LOGITS
-from paritykit.comparison.align import rule_rows
+from paritykit.comparison.align import Stretch, overlaps, rule_rows, stretches
+from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices
 from paritykit.comparison.judge import finding_from
 from paritykit.comparison.metrics import Meter
 from paritykit.comparison.tolerance import Tolerance
 from paritykit.diagnose.locate import Graph, locate
-from paritykit.mapping.build import Mapping, build_mapping
+from paritykit.mapping.build import build_mapping
 from paritykit.mapping.rules import Rule
 from paritykit.results import Finding, Unmatched
 
@@ -30,13 +31,11 @@ class View:
 
     def __init__(self, capture: Capture, reference: Manifest) -> None:
         self.capture = capture
-        self.mapping: Mapping = build_mapping(reference, capture.manifest)
-        self.rules: dict[str, Rule] = {r.reference: r for r in self.mapping.rules}
+        self.rules: dict[str, Rule] = {r.reference: r for r in build_mapping(reference, capture.manifest).rules}
 
-    def stretches(self, key: str, case: str) -> list[tuple[int, int]]:
-        """Consecutive positions of a case that the capture has for a point: first, and one past the last."""
-        spans = self.capture.spans(self.capture.point(self.rules[key].candidate), case)
-        return [(s.position, s.position + s.length) for s in spans]
+    def stretches(self, key: str, case: str) -> list[Stretch]:
+        """The positions of a case that the capture has for a point."""
+        return stretches(self.capture.spans(self.capture.point(self.rules[key].candidate), case))
 
     def rows(self, key: str, case: str, start: int, end: int) -> torch.Tensor:
         """``[tokens, features]`` of these positions."""
@@ -118,53 +117,32 @@ def _point(scene: Scene, key: str) -> Finding | None:
     )
 
 
-def overlaps(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What two ascending lists of stretches have in common.
-
-    >>> list(overlaps([(0, 5), (5, 9)], [(3, 7)]))
-    [(3, 5), (5, 7)]
-    """
-    for a, b in left:
-        for c, d in right:
-            if max(a, c) < min(b, d):
-                yield max(a, c), min(b, d)
-
-
-def compare_choices(scene: Scene) -> Finding | None:
+def compare_tokens(scene: Scene) -> Finding | None:
     """Whether both runs chose the same tokens; where they differ, whether the measured logit error explains it."""
     ours, theirs = (view.capture.generated(case) for view, case in scene.sides())
     length = min(len(ours), len(theirs))
     if not length:
         return None
-    steps = [n for n in range(length) if ours[n] != theirs[n]]
-    flips = [n for n in steps[:1] if not _near_tie(scene, n, ours[n], theirs[n])]
-    text = f"new token {steps[0]}: {ours[steps[0]]} and {theirs[steps[0]]}" if steps else ""
-    return Finding(
+
+    def weigh(step: int) -> Choice:
+        tokens = ours[step], theirs[step]
+        if any(LOGITS not in view.rules for view, _ in scene.sides()):
+            return Choice(step, *tokens, margin=0.0, error=0.0, sound=False)
+        place = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step
+        left, right = (view.rows(LOGITS, case, place, place + 1)[0] for view, case in scene.sides())
+        return choice_at(step, tokens, (left, right), scene.allowed(LOGITS))
+
+    flips, text = compare_choices(ours, theirs, weigh, sides=("one run", "the other"), stop=True)
+    found = choice_finding(
         check=scene.check,
         case=scene.cases[0],
         point="#tokens",
-        verdict="fail" if flips else "pass",
-        metric="flips",
-        value=float(len(flips)),
-        allowed=0.0,
-        allowed_source="flips beyond the measured logit error",
         order=scene.graph.order(LOGITS) + 1,
+        flips=len(flips),
+        total=length,
         message=scene.told(text),
-        condition=scene.condition,
-        metrics={"new_tokens": float(length)},
-        mapping="greedy choices, token by token",
     )
-
-
-def _near_tie(scene: Scene, step: int, ours: int, theirs: int) -> bool:
-    """Whether the base's margin between two choices is within what the logits were measured to differ by."""
-    if any(LOGITS not in view.rules for view, _ in scene.sides()):
-        return False
-    place = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step
-    mine, other = (view.rows(LOGITS, case, place, place + 1)[0].double() for view, case in scene.sides())
-    difference = mine - other
-    sound = float(difference.norm()) <= scene.allowed(LOGITS).position * float(mine.norm())
-    return sound and float(mine[ours] - mine[theirs]) <= 2 * float(difference.abs().max())
+    return msgspec.structs.replace(found, condition=scene.condition)
 
 
 def left_out(base: View, varied: View) -> list[Unmatched]:

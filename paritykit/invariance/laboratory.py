@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -14,17 +15,22 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.diagnose.locate import Graph
 from paritykit.engines.base import Engine, Progress
-from paritykit.errors import UsageError
+from paritykit.errors import EngineError, UsageError
 from paritykit.invariance.compare import View
 from paritykit.invariance.pool import EnginePool
-from paritykit.invariance.trial import Trial
+from paritykit.invariance.trial import Arguments, Trial
+from paritykit.ledger.judge import Judged
+
+T = TypeVar("T")
 
 
 class Laboratory:
     """The engine under test, its cases, and the reference's manifest for names; a ``Bench`` for properties.
 
     ``own`` is that engine as the user asked for it, open; ``pool`` starts it with other arguments, None where that is
-    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all.
+    not possible. ``points`` are glob patterns of what trials record that do not say it themselves, None for all: where
+    only some are, nothing can be located, and the first difference is answer enough. A bench that is not ``thorough``
+    picks few of the ways to run. ``weights`` judges what an open engine's loader did.
     """
 
     def __init__(
@@ -36,13 +42,23 @@ class Laboratory:
         cases: list[Case],
         folder: Path,
         points: tuple[str, ...] | None = None,
+        thorough: bool = True,
+        weights: Callable[[Engine], Judged] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.cases = cases
+        self._weights = weights
+        self._judged: dict[bytes, Judged | UsageError] = {}
+        self._thorough = thorough
         self._points = points
         self._own, self._pool, self._reference = own, pool, reference
         self._folder, self._progress = folder, progress
         self._views: dict[bytes, View] = {}
+
+    @property
+    def brief(self) -> bool:
+        """Whether one difference is answer enough."""
+        return self._points is not None
 
     @cached_property
     def reference(self) -> Manifest:
@@ -53,6 +69,12 @@ class Laboratory:
     def graph(self) -> Graph:
         """Who fed whom, in the reference."""
         return Graph(self.reference)
+
+    @cached_property
+    def terms(self) -> int:
+        """The most terms that a sum in this model has: the widest row of any point, or the longest text."""
+        widest = max((math.prod(p.row) for p in self.reference.points if p.port != "logits"), default=1)
+        return max(widest, *(c.positions for c in self.cases))
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -74,10 +96,19 @@ class Laboratory:
         """Its name."""
         return self._own().describe().engine
 
+    def variations(self, kind: str) -> list[Arguments]:
+        """See ``Bench.variations``."""
+        found: Mapping[str, Sequence[Arguments]] = getattr(self._own(), "variations", {})
+        return self.pick([dict(a) for a in found.get(kind, ()) if self._differing(a)])
+
+    def pick(self, options: Sequence[T], *, few: int = 1) -> list[T]:
+        """See ``Bench.pick``."""
+        return list(options) if self._thorough else list(options[:few])
+
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
         """See ``Bench.continuation``."""
         view = self.view(trial)
-        return {c.id: view.capture.generated(c.id) for c in trial.cases}
+        return {c.id: view.capture.continuation(c.id) for c in trial.cases}
 
     def view(self, trial: Trial) -> View:
         """What a trial gave, under the reference's names; run on first need. Raises UsageError, EngineError."""
@@ -94,6 +125,27 @@ class Laboratory:
                 self._progress(f"running: {trial.name}", 0, 0)
             self._views[key] = View(engine.run(list(trial.cases), points=points, out=out), self.reference)
         return self._views[key]
+
+    def weights(self, trial: Trial) -> Judged:
+        """What the loader did to the weights, in the engine of a trial. Raises UsageError where that is not known."""
+        arguments = self._differing(trial.arguments)
+        key = msgspec.json.encode(arguments, order="sorted")
+        if key not in self._judged:
+            self._judged[key] = self._judge_weights(self._engine(arguments))
+        found = self._judged[key]
+        if isinstance(found, UsageError):
+            raise found
+        return found
+
+    def _judge_weights(self, engine: Engine) -> Judged | UsageError:
+        if self._weights is None or "ledger" not in engine.capabilities:
+            return UsageError(f"engine {self.engine} does not say where its loader puts weights")
+        try:
+            found = self._weights(engine)
+        except EngineError as error:
+            return UsageError(str(error))
+        untraced = next((f.message for f in found.findings if f.verdict == "inconclusive"), "")
+        return UsageError(untraced) if untraced else found
 
     def _engine(self, arguments: dict[str, Any]) -> Engine:
         if not arguments:

@@ -1,4 +1,4 @@
-"""Engines that are open: one for each set of arguments, the last few kept, every start counted."""
+"""The engine under test with other arguments than its own: one is open at a time, every start counted."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ Make = Callable[[dict[str, Any]], Engine]
 
 
 class EnginePool:
-    """``get(arguments)`` is an open engine. Beside the last ``kept`` ones none stays open."""
+    """``get(arguments)`` is an open engine, the last one if it is asked for again."""
 
-    def __init__(self, make: Make, *, kept: int = 1) -> None:
-        self._make, self._kept = make, kept
-        self._open: dict[bytes, Engine] = {}
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        self._open: tuple[bytes, Engine] | None = None
         self.starts: dict[str, int] = {}
 
     def get(self, arguments: Mapping[str, Any]) -> Engine:
         """The engine under these arguments; started if it is not open. Raises UsageError, EngineError."""
         key = msgspec.json.encode(dict(arguments), order="sorted")
-        engine = self._open.pop(key, None)
-        if engine is None:
-            while len(self._open) >= self._kept:
-                self._open.pop(next(iter(self._open))).close()
-            engine = self._make(dict(arguments))
-            try:
-                engine.open()
-            except BaseException:
-                engine.close()
-                raise
-            told = ", ".join(f"{k}={v}" for k, v in arguments.items())
-            self.starts[told] = self.starts.get(told, 0) + 1
-        self._open[key] = engine
+        if self._open is not None and self._open[0] == key:
+            return self._open[1]
+        self.close()
+        engine = self._make(dict(arguments))
+        try:
+            engine.open()
+        except BaseException:
+            engine.close()
+            raise
+        told = ", ".join(f"{k}={v}" for k, v in arguments.items())
+        self.starts[told] = self.starts.get(told, 0) + 1
+        self._open = key, engine
         return engine
 
     def close(self) -> None:
-        """Close every engine."""
-        opened, self._open = self._open, {}
-        for engine in opened.values():
-            engine.close()
+        """Close what is open."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened[1].close()

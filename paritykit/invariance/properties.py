@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 
 from paritykit.case import Case
+from paritykit.checks.base import LOGITS
 from paritykit.invariance.trial import (
+    Arguments,
     Bench,
     Property,
     Skipped,
@@ -21,14 +23,12 @@ from paritykit.invariance.trial import (
     together,
 )
 
-CHUNKS = (1, 7, 16)
+CHUNKS = (7, 1, 16)
 DECODED = 48
 """At most so many tokens are decoded one by one: each is a step."""
-SIZES = {("nano", "tensor_parallel"): (2, 4)}
-"""Parallel sizes to try, where it is more than two."""
+RUBBISH = "in a cache full of rubbish"
 POISON = 3e4
 """Large, and a number in every dtype of a cache: an engine may multiply what it masks by zero."""
-LOGITS = ("#logits",)
 
 
 def _base(bench: Bench, **arguments: Any) -> Trial:
@@ -63,15 +63,10 @@ def chunking(bench: Bench) -> Iterator[Twins | Skipped]:
     whole = max(len(c.tokens) for c in bench.cases)
     own = int(bench.args.get("max_num_batched_tokens", 0))
     base = _base(bench) if own >= whole else _base(bench, max_num_batched_tokens=max(whole, 2048))
-    for size in (n for n in CHUNKS if n < whole):
+    for size in bench.pick([n for n in CHUNKS if n < whole]):
         arguments = {"max_num_batched_tokens": size, "max_num_seqs": min(size, 8)}
         yield _twins(base, f"in chunks of {size}", base.cases, arguments=arguments)
-    yield _twins(
-        base,
-        "in chunks shared by a batch",
-        together(base.cases),
-        arguments={"max_num_batched_tokens": CHUNKS[-1], "max_num_seqs": 8},
-    )
+        yield _twins(base, f"in chunks of {size} shared by a batch", together(base.cases), arguments=arguments)
 
 
 def prefix_cache(bench: Bench) -> Iterator[Twins | Skipped]:
@@ -83,28 +78,31 @@ def prefix_cache(bench: Bench) -> Iterator[Twins | Skipped]:
     block = int(bench.args.get("block_size", 16))
     arguments = {"enable_prefix_caching": True}
     for case in base.cases:
-        for shared in shared_lengths(len(case.tokens), block):
-            warm = Case(id=f"{case.id}~warm", tokens=case.tokens[:shared] + _other(case.tokens[shared:]))
-            submitted = alone([warm, case])
+        for shared in bench.pick(shared_lengths(len(case.tokens), block), few=2):
+            warm = _earlier(case, "warm", case.tokens[:shared] + _other(case.tokens[shared:]))
             name = f"after {shared} of its {len(case.tokens)} tokens"
-            yield _twins(base, name, submitted, arguments=arguments, pairs=[(case.id, case.id)], partial=True)
+            yield _twins(base, name, alone([warm, case]), arguments=arguments, partial=True)
         if len(case.tokens) > 2 * block:
-            first = Case(id=f"{case.id}~first", tokens=case.tokens[:block])
-            second = Case(id=f"{case.id}~second", tokens=_other(case.tokens))
-            submitted = alone([first, second, case])
+            first = _earlier(case, "first", case.tokens[:block])
+            second = _earlier(case, "second", _other(case.tokens))
             name = "after its first block, and its others behind another one"
-            yield _twins(base, name, submitted, arguments=arguments, pairs=[(case.id, case.id)], partial=True)
+            yield _twins(base, name, alone([first, second, case]), arguments=arguments, partial=True)
+
+
+def _earlier(case: Case, mark: str, tokens: tuple[int, ...]) -> Case:
+    """A prompt that runs before ``case`` and leaves its blocks in the cache."""
+    return Case(id=again(case, mark).id, tokens=tokens)
 
 
 def shared_lengths(length: int, block: int) -> list[int]:
-    """How much of a prompt an earlier one shares: around the first and the last block's edge, and all of it.
+    """How much of a prompt an earlier one shares: all of it, up to the last and the first block's edge, and around.
 
     >>> shared_lengths(40, 16)
-    [15, 16, 17, 31, 32, 33, 40]
+    [40, 32, 16, 31, 33, 15, 17]
     """
-    edges = {block, length // block * block}
-    near = {e + d for e in edges for d in (-1, 0, 1)}
-    return sorted(n for n in near | {length} if 0 < n <= length)
+    edges = (length // block * block, block)
+    found = [length, *edges, *(edge + step for edge in edges for step in (-1, 1))]
+    return list(dict.fromkeys(n for n in found if 0 < n <= length))
 
 
 def _other(tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,7 +139,7 @@ def repeat(bench: Bench) -> Iterator[Twins | Skipped]:
 def observer(bench: Bench) -> Iterator[Twins | Skipped]:
     """Hooks on every module, on the logits alone, and none."""
     base = Trial(name="recording everything", cases=alone(bench.cases))
-    yield _twins(base, "recording logits only", base.cases, points=LOGITS)
+    yield _twins(base, "recording logits only", base.cases, points=(LOGITS,))
     yield _twins(base, "recording nothing", base.cases, points=())
 
 
@@ -162,29 +160,26 @@ def _parallel(bench: Bench, kind: str) -> Iterator[Twins | Skipped]:
     argument = f"{kind}_size"
     base = _base(bench, **{argument: 1})
     own = bench.parallel.get(argument, 1)
-    for size in (own,) if own > 1 else SIZES.get((bench.engine, kind), (2,)):
-        yield _twins(base, f"{argument} {size}", base.cases, arguments={argument: size})
+    for arguments in [{argument: own}] if own > 1 else bench.variations(kind) or [{argument: 2}]:
+        yield msgspec.structs.replace(_twins(base, _told(arguments), base.cases, arguments=arguments), ranks=True)
 
 
 def kv_cache(bench: Bench) -> Iterator[Twins | Skipped]:
-    """Other block sizes, the contiguous layout, and a cache that was full of rubbish."""
+    """Other block sizes, the contiguous layout, and a cache that was full of rubbish, watched where the engine can."""
     base = _base(bench)
-    for arguments in CACHES.get(bench.engine, ()):
-        own = {k: bench.args.get(k) for k in arguments}
-        if own != {k: str(v) for k, v in arguments.items()}:
-            told = ", ".join(f"{k} {v}" for k, v in arguments.items())
-            yield _twins(base, told, base.cases, arguments=arguments)
+    watched = "cache_digest" in bench.capabilities
+    for arguments in bench.variations("kv_cache"):
+        yield _twins(base, _told(arguments), base.cases, arguments=arguments, poison=POISON if watched else None)
     if "poison" in bench.capabilities:
-        yield _twins(base, "in a cache full of rubbish", together(base.cases), poison=POISON)
+        yield _twins(base, RUBBISH, together(base.cases), poison=POISON)
     else:
         yield Skipped("poisoned cache", f"engine {bench.engine} does not let its cache be filled")
+    if not watched:
+        yield Skipped("watched cache", f"engine {bench.engine} does not say which slots of its cache were written")
 
 
-CACHES: dict[str, tuple[dict[str, Any], ...]] = {
-    "nano": ({"kv": "contiguous"}, {"block_size": 1}, {"block_size": 3}, {"block_size": 16}),
-    "vllm": ({"block_size": 32}, {"block_size": 64}),
-}
-"""Ways to lay out the cache, by engine."""
+def _told(arguments: Arguments) -> str:
+    return ", ".join(f"{k} {v}" for k, v in arguments.items())
 
 
 def _twins(
@@ -192,7 +187,7 @@ def _twins(
     name: str,
     cases: Iterable[Case],
     *,
-    arguments: dict[str, Any] | None = None,
+    arguments: Arguments | None = None,
     pairs: Iterable[tuple[str, str]] | None = None,
     partial: bool = False,
     points: tuple[str, ...] | None = None,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from paritykit.case import Case
 
+T = TypeVar("T")
+Arguments = dict[str, Any]
+"""Of an engine's constructor."""
 MARK = "~"
 """Between the id of a case and what tells its repetitions apart."""
 
@@ -22,7 +25,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     cases: tuple[Case, ...]
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     points: tuple[str, ...] | None = None
     poison: float | None = None
 
@@ -31,6 +34,7 @@ class Twins(msgspec.Struct, frozen=True, kw_only=True):
     """Two runs that must agree. ``pairs`` are (case of the base, case of the varied run) that stand for each other.
 
     ``partial``: the varied run may leave out positions that it did not have to compute. ``exact``: bit for bit.
+    ``ranks``: the ranks of the varied run must agree among themselves, and have the weights of the base.
     """
 
     base: Trial
@@ -38,6 +42,7 @@ class Twins(msgspec.Struct, frozen=True, kw_only=True):
     pairs: tuple[tuple[str, str], ...]
     partial: bool = False
     exact: bool = False
+    ranks: bool = False
 
 
 class Bench(Protocol):
@@ -65,8 +70,16 @@ class Bench(Protocol):
         """Its name."""
         ...
 
+    def variations(self, kind: str) -> list[Arguments]:
+        """Other arguments under which the engine must give the same, by kind: as the engine declares them."""
+        ...
+
+    def pick(self, options: Sequence[T], *, few: int = 1) -> list[T]:
+        """All of some ways to run, most telling first; only so ``few`` of them where the bench is to be quick."""
+        ...
+
     def continuation(self, trial: Trial) -> dict[str, list[int]]:
-        """The tokens that the engine chose after each case of ``trial``, by case id; runs it on first need."""
+        """The tokens after each case of ``trial``, as fed to it or chosen, by case id; runs it on first need."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paritykit.reports.replayed import culprits, local, origin
+from paritykit.reports.repro import repro, script
 from paritykit.reports.wording import (
     ORIGINS,
     WORDS,
@@ -15,9 +16,9 @@ from paritykit.reports.wording import (
     link_to,
     measured,
     number,
-    repro,
     shorten,
     side_name,
+    sides,
     source,
     state,
     worst_finding,
@@ -46,14 +47,14 @@ def line(field: Field) -> str:
 def what(results: Results) -> str:
     """The first line: which check and case differ between which sides, or the verdict in words."""
     first = results.summary.first_divergence
-    candidate, reference = side_name(results.run.candidate), side_name(results.run.reference)
     if state(results) == "fail" and first is not None:
         subject = " / ".join(part for part in (first.check, first.case) if part)
         found = first_finding(results)
+        candidate = side_name(results.run.candidate)
         if found is not None and found.condition:
             return f"{subject}: {candidate} differs from itself {shorten(found.condition, LIMIT)}"
-        return f"{subject}: {candidate} differs from {reference}"
-    return f"{WORDS[state(results)].lower()}: {headline(results)}  [{candidate} against {reference}]"
+        return f"{subject}: {candidate} differs from {side_name(results.run.reference)}"
+    return f"{WORDS[state(results)].lower()}: {headline(results)}  [{sides(results)}]"
 
 
 def fields_of(results: Results) -> list[Field]:
@@ -144,10 +145,11 @@ def _gap(gap: Unmatched) -> str:
 
 
 def next_steps(results: Results, *, report: str) -> list[Field]:
-    """The command that shows it again, and the place in the report."""
-    command = repro(results)
+    """The command that shows it again, the same in Python for a drawn workload, and the place in the report."""
+    command, first = repro(results), first_finding(results)
     found = [("repro", command)] if command else []
+    if first is not None and first.workload:
+        found += list(zip(("in Python", ""), script(results).splitlines(), strict=False))
     if report:
-        first = first_finding(results)
         found.append(("report", report + (link_to(first) if first else "")))
     return found

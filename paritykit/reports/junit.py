@@ -7,7 +7,7 @@ from collections import defaultdict
 from xml.etree import ElementTree as Xml
 
 from paritykit.reports.failure import failure_text, judged
-from paritykit.reports.wording import count, shorten, side_name, state
+from paritykit.reports.wording import count, shorten, sides, state
 from paritykit.results import Finding, Results
 
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -77,8 +77,7 @@ def _run_error(suite: Xml.Element, results: Results) -> None:
     """A run that is not a pass must not look like one, even where no finding carries its verdict."""
     node = Xml.SubElement(suite, "testcase", classname="paritykit", name="run")
     tag = "failure" if state(results) == "fail" else "error"
-    sides = f"{side_name(results.run.candidate)} against {side_name(results.run.reference)}"
-    child = Xml.SubElement(node, tag, message=_clean(f"{state(results)}: {sides}"))
+    child = Xml.SubElement(node, tag, message=_clean(f"{state(results)}: {sides(results)}"))
     child.text = _clean(failure_text(results))
 
 

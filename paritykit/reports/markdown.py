@@ -15,7 +15,7 @@ from paritykit.reports.wording import (
     measured,
     number,
     shorten,
-    side_name,
+    sides,
     source,
     state,
 )  # fmt: skip
@@ -34,8 +34,7 @@ def render(results: Results) -> bytes:
     head = [
         f"## {ICONS[kind]} {WORDS[kind]}: {_text(headline(results), 600)}",
         "",
-        f"{_text(side_name(results.run.candidate))} against {_text(side_name(results.run.reference))}, "
-        f"model {_text(results.run.candidate.model)}",
+        f"{_text(sides(results))}, model {_text(results.run.candidate.model)}",
         "",
         *_block(failure_text(results)),
         *_checks(results),

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from paritykit.errors import UnknownNameError
-from paritykit.reports.failure import Field, cause_text, failure_text, fields_of, gap_lists, judged, next_steps
+from paritykit.reports.failure import LIMIT, Field, cause_text, failure_text, fields_of, gap_lists, judged, next_steps
 from paritykit.reports.replayed import local, origin
-from paritykit.reports.wording import WORDS, extent, headline, number, shorten, side_name, state
+from paritykit.reports.wording import WORDS, extent, headline, number, shorten, sides, starts, state
 from paritykit.results import Finding, Results
 
 __all__ = ["failure_text", "print_summary", "render", "show_point"]
@@ -32,9 +32,9 @@ def print_summary(results: Results, *, console: Console, verbose: bool = False, 
     head = Text(f"{WORDS[kind]}  ", style=STYLES[kind])
     head.append(headline(results), style="bold")
     _print(console, head)
-    sides = f"{side_name(results.run.candidate)} against {side_name(results.run.reference)}"
-    _print_field(console, ("sides", f"{sides}   {results.run.candidate.model}"))
-    for field in [*fields_of(results), ("checks", _checks(results)), *next_steps(results, report=report)]:
+    _print_field(console, ("sides", f"{sides(results)}   {results.run.candidate.model}"))
+    engines = [("engines", shorten(starts(results), LIMIT))] if len(results.run.starts) > 2 else []
+    for field in [*fields_of(results), ("checks", _checks(results)), *engines, *next_steps(results, report=report)]:
         _print_field(console, field)
     if verbose:
         _print_rest(results, console)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from paritykit.results import Finding, Results, Side
@@ -24,7 +23,6 @@ ORIGINS = {
 }
 _LAYER = re.compile(r"\.(\d{1,9})(?=[.#]|$)")
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_NARROWED = {"--check", "--case", "--jsonl", "--html", "--markdown", "--junit"}
 
 
 def state(results: Results) -> str:
@@ -64,6 +62,22 @@ def source(finding: Finding) -> str:
 def side_name(side: Side) -> str:
     """``vllm (bfloat16)``."""
     return f"{side.engine} ({side.dtype})"
+
+
+def sides(results: Results) -> str:
+    """``vllm (bfloat16) against hf (float32)``, or against itself where no other engine's numbers were judged."""
+    candidate = side_name(results.run.candidate)
+    alone = bool(results.findings) and all(f.condition for f in results.findings)
+    return f"{candidate} against {'itself' if alone else side_name(results.run.reference)}"
+
+
+def starts(results: Results) -> str:
+    """How often engines were started, and with which arguments; empty where nothing was counted."""
+    found = results.run.starts
+    if not found:
+        return ""
+    told = ", ".join(name if times == 1 else f"{name} x {times}" for name, times in found.items())
+    return f"{count(sum(found.values()), 'start')}: {told}"
 
 
 def count(amount: int, noun: str) -> str:
@@ -143,32 +157,6 @@ def layer(point: str) -> int | None:
     """The layer number in a point's name: 3 for ``model.layers.3.mlp``."""
     found = _LAYER.search(point)
     return int(found.group(1)) if found else None
-
-
-def repro(results: Results) -> str:
-    """The run's command, narrowed to the check and case of the first divergence where it is ``paritykit run``.
-
-    An engine that differs from itself may do so only beside its other cases: these stay.
-    """
-    command, first = results.run.command, results.summary.first_divergence
-    if first is None or not command.startswith("paritykit run "):
-        return command
-    found = first_finding(results)
-    if found is not None and found.condition:
-        return shlex.join([*_without(shlex.split(command), {"--check"}), "--check", first.check])
-    words = [*_without(shlex.split(command), _NARROWED), "--check", first.check]
-    words += ["--case", first.case] if first.case else []
-    return shlex.join(words)
-
-
-def _without(words: list[str], options: set[str]) -> Iterator[str]:
-    """``words`` without ``options`` and their values."""
-    skip = False
-    for word in words:
-        if skip or word.partition("=")[0] in options:
-            skip = not skip and word in options
-        else:
-            yield word
 
 
 def link_to(finding: Finding) -> str:

@@ -6,13 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paritykit.testing.families import TINY_FAMILIES, tiny_config
+    from paritykit.testing.families import TINY_FAMILIES, nano_families, tiny_config
+    from paritykit.testing.named import TinyModel
     from paritykit.testing.tiny import tiny_model
 
-__all__ = ["TINY_FAMILIES", "tiny_config", "tiny_model"]
+__all__ = ["TINY_FAMILIES", "TinyModel", "nano_families", "tiny_config", "tiny_model"]
 
 _HOMES = {
     "TINY_FAMILIES": "paritykit.testing.families",
+    "TinyModel": "paritykit.testing.named",
+    "nano_families": "paritykit.testing.families",
     "tiny_config": "paritykit.testing.families",
     "tiny_model": "paritykit.testing.tiny",
 }

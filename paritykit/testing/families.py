@@ -128,6 +128,20 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 TINY_FAMILIES: tuple[str, ...] = tuple(FAMILIES)
+ROPE_ENTRIES = (
+    "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "mscale",
+    "mscale_all_dim", "short_factor", "long_factor",
+)  # fmt: skip
+"""What ``rope_parameters`` may hold; transformers passes over others."""
+
+
+def nano_families() -> list[str]:
+    """The families that engine ``nano`` has."""
+    from paritykit.engines.nano.architectures import ARCHITECTURES
+
+    known = {a.model_type for a in ARCHITECTURES.values()}
+    return [name for name, family in FAMILIES.items() if family.model_type in known]
 
 
 def find_family(family: str) -> Family:
@@ -140,20 +154,42 @@ def find_family(family: str) -> Family:
 def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     """The config of a tiny model, as a plain dict of config fields and ``model_type``; loads no torch.
 
-    ``overrides`` replace fields; whether the config class knows them is checked where the model is built. Raises
-    UnknownNameError for an unknown family, UsageError for ``model_type`` or a value that JSON cannot hold.
+    ``overrides`` replace fields, ``**{"table.entry": value}`` one entry of a table; whether the config class knows a
+    field is checked where the model is built. Raises UnknownNameError for an unknown family or entry, UsageError for
+    ``model_type`` or a value that JSON cannot hold.
     """
     found = find_family(family)
     if "model_type" in overrides:
         raise UsageError(f"the model_type of tiny model {family!r} cannot be overridden; choose another family")
-    fields = {**found.config, **{found.aliases.get(name, name): value for name, value in overrides.items()}}
+    whole = {found.aliases.get(name, name): value for name, value in overrides.items() if "." not in name}
+    fields = _copy(family, {**found.config, **whole})
+    for name in sorted(n for n in overrides if "." in n):
+        _set_entry(family, fields, name, value=overrides[name])
     if found.layer_types:
         fields.setdefault("layer_types", _repeat(found.layer_types, fields["num_hidden_layers"]))
+    return {"model_type": found.model_type, **_copy(family, fields)}
+
+
+def _copy(family: str, fields: dict[str, Any]) -> dict[str, Any]:
     try:
         copied: dict[str, Any] = json.loads(json.dumps(fields))
     except (TypeError, ValueError) as error:
         raise UsageError(f"tiny model {family!r}: an override is not plain data: {error}") from error
-    return {"model_type": found.model_type, **copied}
+    return copied
+
+
+def _set_entry(family: str, fields: dict[str, Any], name: str, *, value: Any) -> None:
+    """Set the entry of a table that ``name`` spells with dots."""
+    *tables, entry = name.split(".")
+    table = fields
+    for part in tables:
+        inner = {n: t for n, t in table.items() if isinstance(t, dict)}
+        if part not in inner:
+            raise UnknownNameError(f"table in {name!r} of tiny model {family!r}", part, inner)
+        table = inner[part]
+    if entry not in table and entry not in ROPE_ENTRIES:
+        raise UnknownNameError(f"entry in {name!r} of tiny model {family!r}", entry, {*table, *ROPE_ENTRIES})
+    table[entry] = value
 
 
 def _repeat(pattern: tuple[str, ...], count: Any) -> list[str]:

@@ -139,6 +139,7 @@ def _check_fields(family: str, fields: dict[str, Any]) -> dict[str, Any]:
     """``fields`` as the installed config class spells them. UnknownNameError for one that it does not have."""
     from transformers import CONFIG_MAPPING
 
+    _check_ropes(family, fields.get("rope_parameters"))
     kind = CONFIG_MAPPING[fields["model_type"]]
     own = inspect.signature(kind).parameters
     known = {"model_type", *own, *kind.attribute_map, *find_family(family).config}
@@ -150,14 +151,30 @@ def _check_fields(family: str, fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _check_ropes(family: str, ropes: Any) -> None:
+    """UnknownNameError for a kind of rotary embedding that transformers does not have."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    for rope in (ropes, *ropes.values()) if isinstance(ropes, dict) else ():
+        kind = str(rope.get("rope_type", "default")) if isinstance(rope, dict) else "default"
+        if kind not in known:
+            raise UnknownNameError(f"rope_type of tiny model {family!r}", kind, known)
+
+
 def _make_model(family: str, fields: dict[str, Any]) -> Any:
-    """The model with values that do not matter; torch's global random state stays as it was."""
+    """The model with values that do not matter; torch's global random state stays as it was.
+
+    It is tried on one token: some sizes that do not fit each other show only there.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+            model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+        return model
     except (StrictDataclassError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"tiny model {family!r}: its config cannot be built: {error}") from error
 

@@ -28,6 +28,7 @@ from paritykit.testing import tiny_config
 from paritykit.testing.faults import FAULTS, Fault, find, for_model, planted
 from paritykit.testing.faults.conditions import PLAIN
 from paritykit.testing.faults.page import markdown
+from paritykit.testing.faults.planting import plant_host
 from paritykit.testing.faults.table import KINDS
 from tests.faulty import LAYERS, MODELS, Ground, Trial, differences, first_blamed, homes, model_of, native
 from tests.nano import one_thread
@@ -143,7 +144,7 @@ def test_faults_of_a_model_are_those_it_has_what_they_need() -> None:
     assert "window-missing" in {f.name for f in for_model(tiny_config("mistral"))}
     assert {n for n in sparse - dense if n.startswith("expert")}
     assert "gate-up-swapped" in dense - sparse
-    assert "stale-after-preemption" not in {f.name for f in for_model(tiny_config("llama"), engine="vllm")}
+    assert "block-freed-early" not in {f.name for f in for_model(tiny_config("llama"), engine="vllm")}
     assert for_model(tiny_config("gpt2")) == []
 
 
@@ -395,6 +396,11 @@ def test_what_cannot_be_planted_is_a_usage_error(ground: Ground, fault: str, lay
 def test_engines_that_call_no_functions_are_refused() -> None:
     with pytest.raises(UsageError, match="not in HFEngine"), planted(HFEngine(str(model_of("qwen2"))), "rope-theta"):
         pass
+
+
+def test_where_nothing_is_scheduled_nothing_is_planted() -> None:
+    with pytest.raises(UsageError, match="not in HFEngine"):
+        plant_host(HFEngine(str(model_of("qwen2"))), fault="prefix-hit-too-long")
 
 
 @pytest.mark.deep

@@ -11,6 +11,7 @@ import pytest
 import paritykit as pk
 from paritykit.checks import CHECKS, INVARIANCES
 from paritykit.checks.base import Answer, InvarianceCheck
+from paritykit.diagnose.locate import first_divergence
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
@@ -106,6 +107,28 @@ def test_quiet_on_several_ranks(session: Callable[..., Session], name: str) -> N
     assert answer.coverage.compared > 50
     sizes = (2, 4) if name == "tensor_parallel" else (2,)
     assert {f.condition for f in answer.findings} <= {f"{name}_size {n}" for n in sizes}
+    assert {f.case for f in answer.findings if f.point == "#replicas"} == (set(CASES) if len(sizes) > 1 else set())
+    assert [(u.point, "provenance is off" in u.reason) for u in answer.coverage.skipped] == [("#parameters", True)]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("name", "fault", "wrong"), [
+    ("tensor_parallel", "null-loading", set()),
+    ("tensor_parallel", "gate-and-up-exchanged", set()),
+    ("pipeline_parallel", "gate-and-up-exchanged", set()),
+    ("tensor_parallel", "shard-of-rank-0", {"model.layers.1.mlp.down_proj.weight"}),
+])  # fmt: skip
+def test_weights_are_held_against_those_of_one_rank(
+    session: Callable[..., Session], name: str, fault: str, wrong: set[str]
+) -> None:
+    """What a loader does wrong on one rank as well is no matter of several."""
+    arguments = FAULTS.get(fault).arguments(layer=1)
+    answer = vary(session(model_of("qwen2"), provenance=True, **arguments), name)
+    told = [f for f in answer.findings if not f.case]
+    assert {f.point for f in told if f.verdict == "fail"} == wrong
+    assert {f.point for f in told if f.verdict == "pass"} <= {"#parameters"}
+    assert told
+    assert answer.coverage.skipped == []
 
 
 def planted(check: str) -> Iterator[Any]:
@@ -126,6 +149,22 @@ def test_a_fault_is_found_under_its_condition(session: Callable[..., Session], c
     found = failing(answer)
     assert found, f"{check} does not see {name}"
     assert found[0].origin != "inherited"
+
+
+def test_one_difference_says_that_a_workload_fails_and_all_runs_say_where(
+    session: Callable[..., Session],
+) -> None:
+    fault = FAULTS.get("kv-table-rows-swapped")
+    ran, check = session(model_of("qwen2"), **fault.arguments(layer=1)), CHECKS.get("batching")
+    assert isinstance(check, InvarianceCheck)
+    workload = pk.cases("len-5", "len-3@b", "len-4@b").resolve(vocab_size=VOCABULARY)
+    quick, whole = (ran.vary(check, workload, located=located).findings for located in (False, True))
+    assert {f.point for f in quick} == {"#logits"}
+    assert {f.condition for f in quick} == {"in one batch"}
+    assert "beside len-5" in " ".join(f.message for f in whole)
+    first = first_divergence(whole)
+    assert first is not None
+    assert (first.point, first.origin) == (fault.at(layer=1), "introduced")
 
 
 def test_an_engine_that_cannot_be_started_again_skips_with_a_reason() -> None:

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import paritykit as pk
 from paritykit.captures.feed import FedPoint, Feed, Fill
 from paritykit.captures.recorder import Selection
 from paritykit.engines.process import ProcessEngine
+from paritykit.engines.strays import Watched
 from paritykit.errors import EngineError, UsageError
 from paritykit.results import Results
 from paritykit.testing.faults import FAULTS, Fault, find, planted
-from tests.faulty import Ground, Trial, differences, homes, model_of
+from paritykit.testing.faults.cache import LOST
+from tests.faulty import LAYERS, Ground, Trial, differences, homes, model_of
 from tests.replayed import Planted, explained, named, places
 
 LIVE = [f for _, f in FAULTS.items() if f.stage == "live" and "vllm" in f.engines]
@@ -70,6 +73,23 @@ def shown(results: Results, point: str) -> set[str]:
     while around and around not in seen and not around.startswith("#"):
         around = around.rpartition(".")[0]
     return {point, around}
+
+
+@pytest.mark.xdist_group("vllm-faults")
+def test_its_cache_is_watched(ground: Ground) -> None:
+    made = Trial(ground, find("kv-write-lost"), "qwen2", LAYER)
+
+    def watched() -> Watched:
+        made.engine.poison_cache(3e4)
+        return msgspec.convert(ground.run(made.engine, made.cases).manifest.facts["cache"], Watched)
+
+    clean = watched()
+    assert (clean.strays, clean.unwatched) == ([], {})
+    assert len(clean.layers) == LAYERS
+    with planted(made.engine, made.fault, layer=LAYER):
+        (stray,) = watched().strays
+    assert (stray.kind, stray.layer, stray.slots) == ("lost", f"model.layers.{LAYER}.self_attn", 1)
+    assert stray.offset == LOST
 
 
 @pytest.mark.parametrize(("fault", "name"), ordered())

@@ -69,7 +69,7 @@ def test_whatever_the_layout_what_was_written_is_read(layer: PackedLayer, table:
     slots = torch.tensor([table[p // size] * size + p % size for p in range(length)])
     layer.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
     before = layer.kv_cache.clone()
-    start, (k, v) = CacheReader().read("attn", layer, torch.tensor(table, dtype=torch.int32), length)
+    start, (k, v) = CacheReader().read(layer, torch.tensor(table, dtype=torch.int32), length)
     assert start == 0
     assert torch.equal(k, keys)
     assert torch.equal(v, values)
@@ -110,7 +110,7 @@ def test_a_quantised_cache_is_not_read() -> None:
 def test_behind_a_window_only_what_is_sure_is_read() -> None:
     layer = PackedLayer(torch.arange(24), (3, 2, 2), blocks=4, dtype=torch.float32)
     layer.sliding_window = 4  # type: ignore[attr-defined]
-    start, (keys, _) = CacheReader().read("attn", layer, torch.arange(4), 11)
+    start, (keys, _) = CacheReader().read(layer, torch.arange(4), 11)
     assert (start, len(keys)) == (7, 4)
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from paritykit.errors import UnknownNameError
 from paritykit.reports import REPORTS, markdown, write_report
+from paritykit.reports.repro import repro
 from paritykit.reports.terminal import failure_text, print_summary, show_point
-from paritykit.reports.wording import extent, number, repro, shorten, visible
+from paritykit.reports.wording import extent, number, shorten, visible
 from paritykit.results import Divergence, Local, Results, read_jsonl
 from tests.report import runs
 

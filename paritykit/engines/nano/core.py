@@ -188,6 +188,11 @@ class NanoLLM:
         """What every rank wrote, read as ``kind``: a part of a capture, and the error that ended it, if any."""
         return self.team.call("end", kind=kind)
 
+    def refill(self) -> None:
+        """In caches that are watched, fill again what no request holds and no later one may find."""
+        free = set(self.blocks.free) - self.blocks.cached
+        self.team.call("refill", [n for n in range(self.settings.num_blocks) if n not in free])
+
     def _sampled(self, request: Request, logits: torch.Tensor) -> Output:
         sampling = request.sampling
         token = choose(logits, sampling, number=len(request.chosen))

@@ -25,6 +25,7 @@ from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.nano.core import NanoLLM, describe_settings
 from paritykit.engines.stages import merge_facts
+from paritykit.engines.strays import Watched, cache_facts
 from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
@@ -42,6 +43,7 @@ class NanoEngine:
 
     capabilities = frozenset(
         {
+            "cache_digest",
             "chunked_prefill",
             "decode",
             "ledger",
@@ -54,6 +56,11 @@ class NanoEngine:
             "tensor_parallel",
         }
     )
+    variations = {
+        "kv_cache": [{"block_size": 3}, {"kv": "contiguous"}, {"block_size": 1}, {"block_size": 16}],
+        "tensor_parallel": [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}],
+        "pipeline_parallel": [{"pipeline_parallel_size": 2}],
+    }
 
     def __init__(
         self,
@@ -73,6 +80,7 @@ class NanoEngine:
         self._after_open = (after_open, after_open_args or {})
         self._llm: NanoLLM | None = None
         self._ledgers: list[RankLedger] = []
+        self._poisoned = False
 
     def open(self) -> None:
         """Load the model on every rank."""
@@ -109,7 +117,7 @@ class NanoEngine:
                 if error:
                     raise EngineError(f"recording on rank {rank} of nano failed: {error}")
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
-            facts = {**merge_facts(self._facts()), "landings": landings}
+            facts = {**merge_facts(self._facts()), "landings": landings, **cache_facts(self._watched())}
             if feed is not None:
                 facts["fed"] = fully_fed(feed, [part for part, _ in ended])
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
@@ -154,9 +162,13 @@ class NanoEngine:
             self.llm.team.call("call", target, dict(arguments))
 
     def poison_cache(self, value: float) -> None:
-        """Fill every slot of the KV cache with ``value``, on every rank; nothing is left in the prefix cache."""
+        """Fill every slot of the KV cache with ``value``, on every rank; nothing is left in the prefix cache.
+
+        The next run watches the cache, and fills what requests give up again.
+        """
         self.llm.blocks.forget()
         self.llm.team.call("poison", value)
+        self._poisoned = True
 
     def load_weights(self, folder: str) -> None:
         """Load other weights of the same names and shapes, on every rank. Raises EngineError."""
@@ -180,6 +192,11 @@ class NanoEngine:
         found: list[dict[str, Any]] = self.llm.team.call("facts", kind=dict[str, Any])
         return found
 
+    def _watched(self) -> list[Watched | None]:
+        """What every rank saw of its cache, if it was filled before the run."""
+        poisoned, self._poisoned = self._poisoned, False
+        return self.llm.team.call("watched", kind=Watched | None) if poisoned else []
+
     def _generate(self, cases: list[Case], progress: Progress | None) -> dict[str, list[int]]:
         index = {c.id: n for n, c in enumerate(cases)}
         chosen: dict[str, list[int]] = {c.id: [] for c in cases}
@@ -195,6 +212,8 @@ class NanoEngine:
                 for output in self.llm.step():
                     if output.token is not None:
                         chosen[output.id].append(output.token)
+                if self._poisoned:
+                    self.llm.refill()
         return chosen
 
     def _forget(self) -> None:
@@ -203,3 +222,4 @@ class NanoEngine:
             self.llm.scheduler.remove(request)
         with contextlib.suppress(EngineError):
             self.llm.team.call("end")
+            self._watched()

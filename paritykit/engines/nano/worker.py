@@ -26,7 +26,10 @@ from paritykit.engines.nano.place import Place
 from paritykit.engines.nano.recording import Recording
 from paritykit.engines.nano.settings import Settings
 from paritykit.engines.nano.step import Plan, Step
+from paritykit.engines.nano.watch import plan_accesses, watch_caches
 from paritykit.engines.nano.weights import load_checkpoint
+from paritykit.engines.slots import SlotWatch
+from paritykit.engines.strays import Watched
 from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
@@ -56,6 +59,7 @@ class Worker:
         for (_, attention), cache in zip(self.model.attentions(), self.caches, strict=True):
             attention.attn.cache = cache
         self._recording: Recording | None = None
+        self._watch: SlotWatch | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +87,8 @@ class Worker:
         for source, target in plan.copies:
             for cache in self.caches:
                 cache.copy(source, target)
+        if self._watch is not None and plan.copies:
+            self._watch.adopt([target for _, target in plan.copies], size=self.settings.block_size)
         step = Step.make(plan, block_size=self.settings.block_size, device=self.device)
         recording = self._recording
         if recording is not None:
@@ -93,6 +99,8 @@ class Worker:
         logits = self._logits(hidden, step)
         if recording is not None:
             recording.end()
+        if self._watch is not None:
+            self._watch.after_step(plan_accesses(plan, self.settings.block_size))
         return self.place.bring_logits(logits)
 
     def _logits(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
@@ -128,11 +136,26 @@ class Worker:
         if self._recording is not None:
             self._recording.cache(label, table, length)
 
+    @torch.no_grad()
     def poison(self, value: float) -> None:
-        """Fill every slot of every cache."""
+        """Fill every slot of every cache, and watch from now on what is written to them."""
         for cache in self.caches:
             cache.keys.fill(value)
             cache.values.fill(value)
+        names = [n for n, _ in self.model.attentions()]
+        self._watch = watch_caches(names, self.caches, rank=self.place.rank)
+
+    @torch.no_grad()
+    def refill(self, live: list[int]) -> None:
+        """Fill every block but the ``live`` ones again, if the caches are watched."""
+        if self._watch is not None:
+            self._watch.refill({0: live}, sizes={0: self.settings.block_size})
+
+    @torch.no_grad()
+    def watched(self) -> Watched | None:
+        """Stop watching; what was seen since the caches were filled, None if they were not."""
+        watch, self._watch = self._watch, None
+        return None if watch is None else watch.finish()
 
     def facts(self) -> dict[str, Any]:
         """See ``module_facts``."""

@@ -24,6 +24,7 @@ from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.stages import merge_facts
+from paritykit.engines.strays import cache_facts
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
@@ -49,12 +50,13 @@ class VllmEngine:
     Set here unless given: ``enforce_eager`` (hooks do not fire in compiled graphs), prefix caching off (cached rows
     are never computed, so never seen), no tokenizer, and a length and KV cache that fit the cases. ``after_load`` is
     ``package.module:function``, called on every worker with ``after_load_args``, to change the loaded model;
-    ``before_load`` is called with the model whose weights are about to be loaded. ``provenance`` traces the loader; not
-    where a ``load_format`` is given.
+    ``before_load`` is called with the model whose weights are about to be loaded, and ``after_open`` with the engine
+    itself. ``provenance`` traces the loader; not where a ``load_format`` is given.
     """
 
     capabilities = frozenset(
         {
+            "cache_digest",
             "chunked_prefill",
             "decode",
             "ledger",
@@ -67,6 +69,11 @@ class VllmEngine:
             "tensor_parallel",
         }
     )
+    variations = {
+        "kv_cache": [{"block_size": 64}, {"block_size": 32}],
+        "tensor_parallel": [{"tensor_parallel_size": 2}],
+        "pipeline_parallel": [{"pipeline_parallel_size": 2}],
+    }
 
     def __init__(
         self,
@@ -79,6 +86,8 @@ class VllmEngine:
         after_load_args: dict[str, Any] | None = None,
         before_load: str = "",
         before_load_args: dict[str, Any] | None = None,
+        after_open: str = "",
+        after_open_args: dict[str, Any] | None = None,
         provenance: bool = True,
         **arguments: Any,
     ) -> None:
@@ -88,6 +97,7 @@ class VllmEngine:
         self._ranks, self._stages = tensor_parallel_size, pipeline_parallel_size
         self._after_load = (after_load, after_load_args or {})
         self._before_load = (before_load, before_load_args or {})
+        self._after_open = (after_open, after_open_args or {})
         self._provenance = provenance
         self._arguments = arguments
         self._llm: Any = None
@@ -113,10 +123,13 @@ class VllmEngine:
             self._call("parity_warm_up")
         target, arguments = self._after_load
         if target:
-            self._call("parity_call", target, msgspec.json.encode(arguments))
+            self.call(target, arguments)
         names = msgspec.json.encode(list(self.checkpoint.tensors))
         self._facts = [msgspec.json.decode(f) for f in self._call("parity_describe", names)]
         self._ledgers = [msgspec.json.decode(r, type=RankLedger) for r in self._call("parity_ledger")]
+        target, arguments = self._after_open
+        if target:
+            self.call(target, arguments, host=True)
 
     def run(
         self,
@@ -144,7 +157,8 @@ class VllmEngine:
             for case, chosen in zip(cases, outcomes[-self._ranks].chosen, strict=True):
                 generated[case.id] = chosen[: case.new_tokens] if case.forced else generated[case.id]
             landings = msgspec.to_builtins([x for r in self._ledgers for x in r.found.landings])
-            facts = {**merge_facts(self._facts), "landings": landings}
+            watched = cache_facts([o.watched for o in outcomes])
+            facts = {**merge_facts(self._facts), "landings": landings, **watched}
             if feed is not None:
                 facts["fed"] = fully_fed(feed, [o.part for o in outcomes])
             manifest = Manifest(side=self.describe(), cases=cases, generated=generated, facts=facts)
@@ -192,7 +206,10 @@ class VllmEngine:
             raise EngineError(f"vLLM's workers could not call {target}: {first_reason(error)}") from error
 
     def poison_cache(self, value: float) -> None:
-        """Fill the KV cache of every layer and rank with ``value``; nothing is left in the prefix cache."""
+        """Fill the KV cache of every layer and rank with ``value``; nothing is left in the prefix cache.
+
+        The next run watches the cache, and fills what requests give up again.
+        """
         self._llm.reset_prefix_cache()
         self._call("parity_poison", msgspec.json.encode(value))
 

@@ -73,27 +73,39 @@ def _search(layer: Any, block: torch.Tensor, shapes: list[tuple[int, int, int]])
 
 
 class CacheReader:
-    """Reads the caches of all attention layers of one worker; layouts are found on first need and kept."""
+    """Reads the caches of all attention layers of one worker; a layout is found once for all layers of a kind."""
 
     def __init__(self) -> None:
-        self._layouts: dict[str, BlockLayout] = {}
+        self._layouts: dict[tuple[Any, ...], BlockLayout] = {}
 
     def layers(self, context: Any) -> dict[str, Any]:
         """The attention layers with keys and values of their own, by name, in vLLM's forward context."""
         found = {n: m for n, m in context.no_compile_layers.items() if is_readable(m)}
         return {n: m for n, m in found.items() if n in context.attn_metadata}
 
-    def read(self, name: str, layer: Any, table: torch.Tensor, end: int) -> tuple[int, list[torch.Tensor]]:
+    def read(self, layer: Any, table: torch.Tensor, end: int) -> tuple[int, list[torch.Tensor]]:
         """The first position that is sure to be kept, and keys and values from there to ``end``.
 
         Behind a sliding window blocks are given to other layers, and a worker's block table does not tell.
         """
-        if name not in self._layouts:
-            self._layouts[name] = BlockLayout.find(layer)
         window = window_of(layer)
         start = max(0, end - window) if window else 0
         positions = torch.arange(start, end, device=table.device)
-        return start, self._layouts[name].read(layer.kv_cache, table, positions)
+        return start, self.layout(layer).read(layer.kv_cache, table, positions)
+
+    def layout(self, layer: Any) -> BlockLayout:
+        """How the layer's blocks are packed. Raises EngineError where it cannot be found out."""
+        kind = _kind(layer)
+        if kind not in self._layouts:
+            self._layouts[kind] = BlockLayout.find(layer)
+        return self._layouts[kind]
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What the layout of a layer's blocks depends on."""
+    cache, heads = layer.kv_cache, (layer.num_kv_heads, layer.head_size, getattr(layer, "head_size_v", 0))
+    backend = (type(layer.impl), getattr(layer.impl, "isa", None) or getattr(layer, "isa", None))
+    return (*backend, cache.dtype, cache.shape[1:], cache.stride(), *heads)
 
 
 def is_readable(layer: Any) -> bool:

@@ -6,6 +6,7 @@ import msgspec
 
 from paritykit.captures.feed import Feed
 from paritykit.captures.manifest import Part
+from paritykit.engines.strays import Watched
 
 CASE_KEY = "parity_case"
 
@@ -29,8 +30,12 @@ class Orders(msgspec.Struct, kw_only=True):
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording."""
+    """What a worker did: its part, the tokens it would have chosen, and the error that ended the recording.
+
+    ``watched`` is what it saw of its cache, if that was filled before the run.
+    """
 
     part: Part
     chosen: list[list[int]]
+    watched: Watched | None = None
     error: str = ""

@@ -23,6 +23,7 @@ from paritykit.engines.vllm.kv import CacheReader
 from paritykit.engines.vllm.loader import LEDGERS
 from paritykit.engines.vllm.orders import CASE_KEY, Orders, Outcome
 from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
+from paritykit.engines.vllm.watch import CacheWatch
 from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
@@ -61,15 +62,18 @@ class ParityWorker:
         return msgspec.json.encode(ledger)
 
     def parity_poison(self, value: bytes) -> None:
-        """Fill every layer's KV cache with a number."""
+        """Fill every layer's KV cache with a number; the next run watches it."""
         layers = self.model_runner.vllm_config.compilation_config.static_forward_context.values()
         for cache in (getattr(layer, "kv_cache", None) for layer in layers):
             if isinstance(cache, torch.Tensor) and cache.is_floating_point():
                 cache.fill_(msgspec.json.decode(value, type=float))
+        self._poisoned = True
 
     def parity_begin(self, orders: bytes) -> None:
         """Attach hooks and start recording."""
-        self._parity = _Session(self.model_runner, self.rank, msgspec.json.decode(orders, type=Orders))
+        poisoned, self._poisoned = self._poisoned, False
+        decoded = msgspec.json.decode(orders, type=Orders)
+        self._parity = _Session(self.model_runner, self.rank, decoded, watched=poisoned)
 
     def parity_end(self) -> bytes:
         """Remove the hooks. Returns the ``Outcome``."""
@@ -77,12 +81,13 @@ class ParityWorker:
         return msgspec.json.encode(session.end())
 
     _parity: Any = None
+    _poisoned = False
 
 
 class _Session:
     """Hooks and state of one run on one rank."""
 
-    def __init__(self, runner: Any, rank: int, orders: Orders) -> None:
+    def __init__(self, runner: Any, rank: int, orders: Orders, *, watched: bool) -> None:
         self._runner = runner
         self._model: nn.Module = runner.model
         self._orders = orders
@@ -90,6 +95,7 @@ class _Session:
         self._segments: list[Segment] = []
         self._chosen: list[list[int]] = [[] for _ in orders.cases]
         self._caches = CacheReader()
+        self._watch = CacheWatch(runner, rank=rank, reader=self._caches) if watched else None
         self._undo: list[tuple[Any, str]] = []
         self._selection = Selection(orders.points)
         feed, ids = orders.feed, [c.id for c in orders.cases]
@@ -124,7 +130,10 @@ class _Session:
             error, part = failure, Part()
         part.fed = [] if self._feeder is None else self._feeder.fed
         return Outcome(
-            part=part, chosen=self._chosen, error="" if error is None else f"{type(error).__name__}: {error}"
+            part=part,
+            chosen=self._chosen,
+            watched=None if self._watch is None else self._watch.finish(),
+            error="" if error is None else f"{type(error).__name__}: {error}",
         )
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:
@@ -163,6 +172,9 @@ class _Session:
         if self._segments:
             rows = sum(s.length for s in self._segments)
             self._recorder.begin(self._segments, partial(_actual_rows, rows, has_batch_axis(self._model)))
+            if self._watch is not None:
+                with self._recorder.guard():
+                    self._watch.before_step()
 
     def _labels(self) -> list[Segment]:
         """Requests of this step in row order; a request that is no case of ours ends the recording."""
@@ -186,6 +198,8 @@ class _Session:
                 if hidden is not None:
                     self._record_logits(hidden)
                 self._record_caches()
+                if self._watch is not None:
+                    self._watch.after_step(self._runner.input_batch.req_ids, self._segments)
         self._recorder.end()
 
     def _record_logits(self, hidden: torch.Tensor) -> None:
@@ -210,7 +224,7 @@ class _Session:
     def _record_cache(self, name: str, layer: Any, table: torch.Tensor, *, segment: Segment) -> None:
         module = name.rpartition(".")[0]
         try:
-            start, pair = self._caches.read(name, layer, table, segment.length)
+            start, pair = self._caches.read(layer, table, segment.length)
         except EngineError as error:
             for port in CACHE_PORTS:
                 self._part.drop(module, port, str(error))

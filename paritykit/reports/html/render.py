@@ -13,7 +13,8 @@ from paritykit.reports.html import sections, view
 from paritykit.reports.html.columns import Packed, pack
 from paritykit.reports.html.landed import weights_of
 from paritykit.reports.html.rows import LABELS, LETTERS, Row, rows_of, tally
-from paritykit.reports.wording import WORDS, headline, headroom, measured, number, repro, shorten, source, state
+from paritykit.reports.repro import repro, script
+from paritykit.reports.wording import WORDS, headline, headroom, measured, number, shorten, source, starts, state
 from paritykit.results import Results
 
 HERE = Path(__file__).parent
@@ -48,10 +49,11 @@ def _context(results: Results, rows: list[Row], packed: Packed) -> dict[str, Any
         "run": results.run, "summary": results.summary, "state": kind, "word": WORDS[kind], "cases": results.cases,
         "headline": shorten(headline(results), 600), "sides": view.sides_of(results), "panel": view.panel_of(results),
         "matrix": view.matrix_of(results, rows), "rows": view.static_rows(rows), "total": len(rows),
-        "tally": tally(rows), "command": repro(results),
+        "tally": tally(rows), "command": repro(results), "python": script(results),
         "labels": LABELS, "letters": LETTERS, "gaps": gaps, "more_gaps": more_gaps,
         "tokens": tokens, "more_tokens": more_tokens, "policies": sections.policies_of(results), "packed": packed,
-        "nothing": view.coverage_words(results), "profiles": any(f.metric for f in results.findings),
+        "starts": starts(results), "nothing": view.coverage_words(results),
+        "profiles": any(f.metric for f in results.findings),
         "weights": weights_of(results), "css": _css(results), "script": _script(results),
     }  # fmt: skip
 

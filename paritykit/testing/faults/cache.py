@@ -10,27 +10,33 @@ from paritykit.engines.nano.step import slot_mapping
 from paritykit.testing.faults.conditions import (
     BATCH,
     BATCH_DECODE,
-    BLOCK,
     BLOCKS,
     CROWDED,
     DECODE,
     FP8_CACHE,
     LATE_DECODE,
+    NEW_BLOCK,
     PARTIAL,
     PREEMPTED,
     PREFIX,
     SAME_BLOCK,
 )
+from paritykit.testing.faults.host import Host
 from paritykit.testing.faults.nano_site import NanoSite, Reading
-from paritykit.testing.faults.site import Core, Host, Site, Write
+from paritykit.testing.faults.site import Core, Site, Write
 from paritykit.testing.faults.table import fault
 
 ATTENTION = "model.layers.{layer}.self_attn"
 CACHE = {"kind": "cache", "point": ATTENTION}
 CHECKS = ("modules", "logits", "kv_cache")
-HOST = {"kind": "cache", "point": "model.layers.0.self_attn", "engines": ("nano",), "stage": "host"}
+HOST = {"kind": "cache", "point": "model.layers.0.self_attn", "stage": "host"}
 LOST = 20
 """A position whose key and value are lost."""
+
+
+def begins(write: Write, block_size: int) -> torch.Tensor:
+    """Rows that begin a block, the first one left out, bool ``[tokens]``."""
+    return (write.positions % block_size == 0) & (write.positions > 0)
 
 
 @fault("kv-write-lost", cause="kv-slot", checks=CHECKS, **CACHE)
@@ -44,10 +50,20 @@ def lost(site: Site) -> None:
 def block_start(site: Site) -> None:
     """The first position of a block is written one slot further on."""
 
-    def wrong(write: Write) -> torch.Tensor:
-        return torch.where((write.positions % BLOCK == 0) & (write.positions > 0), write.slots + 1, write.slots)
+    site.on_slots(lambda write: torch.where(begins(write, site.block_size), write.slots + 1, write.slots))
 
-    site.on_slots(wrong)
+
+@fault(
+    "kv-write-lost-at-new-block",
+    cause="kv-slot",
+    checks=(*CHECKS, "decode_prefill"),
+    when=NEW_BLOCK,
+    **CACHE,
+)
+def new_block(site: Site) -> None:
+    """A new token that begins a block is not written: its slot is looked up before the block is there."""
+    site.spoil_cache()
+    site.on_slots(lambda write: write.slots.masked_fill(begins(write, site.block_size) & write.decode, -1))
 
 
 @fault(
@@ -85,6 +101,18 @@ def padding(site: NanoSite) -> None:
                 cache.values.put(live, torch.zeros_like(value[:1]))
 
     site.changes.wrap(cache, "write", write)
+
+
+@fault(
+    "kv-padding-writes-in-a-batch",
+    cause="kv-slot",
+    checks=(*CHECKS, "batching"),
+    when=BATCH,
+    **CACHE,
+)
+def padding_in_a_batch(site: Site) -> None:
+    """A batch is padded to the size that a graph was captured for, and the padding row writes to the first request."""
+    site.on_padding(lambda write: write.slots[write.last[: len(write.last) > 1]])
 
 
 @fault(
@@ -150,9 +178,10 @@ def ids_wrap(site: NanoSite) -> None:
 )
 def partial_unread(site: NanoSite) -> None:
     """Decode reads full blocks only, and not the last one that is not full."""
+    size = site.block_size
 
     def wrong(core: Any) -> torch.Tensor:
-        full = core.run(cache=Reading(core.cache, length_of=lambda n: max(n // BLOCK * BLOCK, 1)))
+        full = core.run(cache=Reading(core.cache, length_of=lambda n: max(n // size * size, 1)))
         found: torch.Tensor = torch.where(core.decode, full, core.right)
         return found
 
@@ -226,18 +255,7 @@ def rows_mixed_up(site: NanoSite) -> None:
 )
 def ignores_parent(host: Host) -> None:
     """A block is known by its own tokens, whatever came before them."""
-    blocks = host.llm.blocks
-
-    def chain(right_of: Any, key: str, tokens: Any, number: int) -> bytes:
-        digests = blocks._chains[key]
-        held, digests[number] = digests[number], digests[0]
-        try:
-            found: bytes = right_of(key, tokens, number)
-        finally:
-            digests[number] = held
-        return found
-
-    host.changes.wrap(blocks, "_chain", chain)
+    host.forget_parents()
 
 
 @fault(
@@ -250,40 +268,20 @@ def ignores_parent(host: Host) -> None:
 )
 def hit_too_long(host: Host) -> None:
     """One position more than the cache holds is taken to be in it."""
-
-    def admit(right_of: Any, key: str, tokens: Any, **options: Any) -> int:
-        found = int(right_of(key, tokens, **options))
-        return found + 1 if found else 0
-
-    host.changes.wrap(host.llm.blocks, "admit", admit)
+    host.on_hit(lambda found: found + 1 if found else 0)
 
 
 @fault(
     "stale-after-preemption",
     cause="kv-stale",
     seen=("nano-vllm #144", "vLLM #28787"),
-    checks=("kv_cache",),
+    checks=("kv_cache", "batching"),
     when=PREEMPTED,
     **HOST,
 )
 def after_preemption(host: Host) -> None:
     """A request whose blocks were taken goes on where it was, and nothing is computed anew."""
-    scheduler, held = host.llm.scheduler, dict[str, int]()
-
-    def preempt(right_of: Any, request: Any) -> None:
-        held[request.id] = request.computed
-        right_of(request)
-
-    def admit(right_of: Any, key: str, tokens: Any, **options: Any) -> int:
-        found = int(right_of(key, tokens, **options))
-        request = scheduler.find(key)
-        if request is None or not request.preemptions:
-            return found
-        request.computed = held[key]
-        return held[key]
-
-    host.changes.wrap(scheduler, "preempt", preempt)
-    host.changes.wrap(host.llm.blocks, "admit", admit)
+    host.keep_computed()
 
 
 @fault(
@@ -292,6 +290,7 @@ def after_preemption(host: Host) -> None:
     seen=("TGI #2489",),
     checks=("kv_cache", "batching"),
     when=CROWDED,
+    engines=("nano",),
     **HOST,
 )
 def freed_early(host: Host) -> None:

@@ -72,6 +72,9 @@ PARTIAL = When(
     arguments=PAGED,
     only="decode",
 )
+NEW_BLOCK = When(
+    words="decode that begins a block", lines=(Line("a", 31, new_tokens=4),), arguments=PAGED, only="decode"
+)
 CHUNKS = When(words="chunked prefill", lines=(Line("ab", 9),), arguments={**PAGED, "max_num_batched_tokens": BLOCK})
 BATCH = When(words="a batch of unequal lengths", lines=(Line("a", 9), Line("b", 1), Line("c", 20)), arguments=PAGED)
 BATCH_DECODE = When(

@@ -86,10 +86,27 @@ class NanoSite(Site):
         """``wrong(write)`` gives the slots that this layer's keys and values go to."""
 
         def write(right_of: Any, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
-            slots = wrong(Write(step.slots.clone(), step.positions, decode_rows(step)))
+            slots = wrong(write_of(step))
             right_of(key, value, replace(step, slots=slots, written=(slots >= 0).nonzero().flatten()))
 
         self.changes.wrap(self.attention.attn.cache, "write", write)
+
+    def on_padding(self, live: Callable[[Write], torch.Tensor]) -> None:
+        """Zeros are written to the slots ``live(write)``, after the step's own keys and values."""
+        cache = self.attention.attn.cache
+
+        def write(right_of: Any, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+            right_of(key, value, step)
+            slots = live(write_of(step))
+            for rows in (cache.keys, cache.values):
+                rows.put(slots, torch.zeros_like(key[: len(slots)]))
+
+        self.changes.wrap(cache, "write", write)
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block of the cache."""
+        return int(self.attention.attn.cache.block_size)
 
     def spoil_cache(self) -> None:
         """Let this layer's cache hold what no request wrote."""
@@ -276,6 +293,12 @@ def per_row(step: Step, values: list[Any]) -> torch.Tensor:
     """One value for each chunk, repeated for its rows, ``[tokens]``."""
     lengths = torch.tensor([len(c.tokens) for c in step.chunks], device=step.ids.device)
     return torch.tensor(values, device=step.ids.device).repeat_interleave(lengths)
+
+
+def write_of(step: Step) -> Write:
+    """What a step writes."""
+    last = torch.tensor([rows.stop - 1 for rows in step.rows], device=step.ids.device)
+    return Write(step.slots.clone(), step.positions, decode_rows(step), last)
 
 
 def decode_rows(step: Step) -> torch.Tensor:

@@ -8,7 +8,6 @@ import torch
 
 from paritykit.testing.faults import needs
 from paritykit.testing.faults.conditions import TWO_RANKS, TWO_STAGES
-from paritykit.testing.faults.nano_site import NanoSite
 from paritykit.testing.faults.site import Site
 from paritykit.testing.faults.table import fault
 
@@ -22,7 +21,6 @@ STAGES = {
     "checks": ("modules", "logits", "pipeline_parallel"),
     "point": LAYER,
     "needs": (needs.SECOND_STAGE,),
-    "engines": ("nano",),
     "graded": True,
 }
 
@@ -123,18 +121,18 @@ def exchanged(site: Site) -> None:
 
 
 @fault("stage-hands-on-the-update", kind="parallel", cause="residual", seen=("vLLM #37622",), **STAGES)
-def hands_on_the_update(site: NanoSite) -> None:
+def hands_on_the_update(site: Site) -> None:
     """A stage hands on what its last layer added, and not the residual under it."""
     site.on_hand_over(lambda hidden, residual: hidden - residual)
 
 
 @fault("stage-hands-on-the-residual", kind="parallel", cause="residual", **STAGES)
-def hands_on_the_residual(site: NanoSite) -> None:
+def hands_on_the_residual(site: Site) -> None:
     """A stage hands on the residual, and what its last layer added is lost."""
     site.on_hand_over(lambda _, residual: residual)
 
 
 @fault("stage-hands-on-half-precision", kind="dtype", cause="dtype-rounding", **STAGES)
-def hands_on_rounded(site: NanoSite) -> None:
+def hands_on_rounded(site: Site) -> None:
     """Hidden states go from stage to stage in bfloat16."""
     site.on_hand_over(lambda hidden, _: hidden.bfloat16().to(hidden.dtype))

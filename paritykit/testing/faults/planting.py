@@ -8,9 +8,10 @@ from typing import Any
 
 from paritykit.errors import UsageError
 from paritykit.testing.faults.changes import Changes
+from paritykit.testing.faults.host import host_of
 from paritykit.testing.faults.loading import Stream
 from paritykit.testing.faults.nano_site import NanoSite
-from paritykit.testing.faults.site import Host, NotHere, Site
+from paritykit.testing.faults.site import NotHere, Site
 from paritykit.testing.faults.table import PLANT, PLANT_HOST, Fault, find
 from paritykit.testing.faults.vllm_site import VllmSite
 
@@ -53,9 +54,9 @@ def plant_host(engine: Any, *, fault: str, layer: int = 0, strength: float = 1.0
     """Plant a fault in the process that schedules, once: for ``after_open``, or ``Engine.call(..., host=True)``."""
     del layer, strength
     found, changes = find(fault), Changes()
-    llm = getattr(engine, "llm", None)
-    check(found, "nano" if llm is not None else type(engine).__name__)
-    carry_out(found, Host(llm, changes), engine, changes)
+    host = host_of(engine, changes)
+    check(found, host.engine)
+    carry_out(found, host, engine, changes)
 
 
 def plant_loading(model: Any, *, rank: int, fault: str, layer: int, strength: float = 1.0) -> None:

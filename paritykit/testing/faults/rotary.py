@@ -31,6 +31,16 @@ def with_frequencies(call: Rotation, frequencies: torch.Tensor) -> Pair:
     return turned(call.query, call.positions, frequencies), turned(call.key, call.positions, frequencies)
 
 
+def with_base(site: Site, factor: float) -> None:
+    """Rotate by a base that is ``factor`` times the layer's own."""
+
+    def wrong(call: Rotation) -> Pair:
+        pairs = len(call.frequencies)
+        return with_frequencies(call, call.frequencies * factor ** (-torch.arange(pairs) / pairs))
+
+    site.on_rotation(wrong)
+
+
 @fault(
     "rope-pairing",
     cause="rope-pairing",
@@ -62,12 +72,7 @@ def pairing(site: Site) -> None:
 )
 def theta(site: Site) -> None:
     """The rotary base is a constant, and not the one in the config."""
-
-    def wrong(call: Rotation) -> Pair:
-        pairs = len(call.frequencies)
-        return with_frequencies(call, call.frequencies * 2.0 ** (-torch.arange(pairs) / pairs))
-
-    site.on_rotation(wrong)
+    with_base(site, 2.0)
 
 
 @fault(
@@ -78,12 +83,7 @@ def theta(site: Site) -> None:
 )
 def local_theta(site: Site) -> None:
     """Layers with a window rotate with the base of the layers with full attention."""
-
-    def wrong(call: Rotation) -> Pair:
-        pairs = len(call.frequencies)
-        return with_frequencies(call, call.frequencies * 40.0 ** (-torch.arange(pairs) / pairs))
-
-    site.on_rotation(wrong)
+    with_base(site, 40.0)
 
 
 @fault(

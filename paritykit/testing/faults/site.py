@@ -82,11 +82,15 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Write:
-    """One call of a layer's cache: ``slots`` that a step's keys and values go to, all ``[tokens]``; -1 is none."""
+    """One call of a layer's cache: ``slots`` that a step's keys and values go to, all ``[tokens]``; -1 is none.
+
+    ``last`` is each request's last row, ``[requests]``.
+    """
 
     slots: torch.Tensor
     positions: torch.Tensor
     decode: torch.Tensor
+    last: torch.Tensor
 
 
 class Site(ABC):
@@ -182,6 +186,15 @@ class Site(ABC):
         """``wrong(write)`` gives the slots that this layer's keys and values go to."""
 
     @abstractmethod
+    def on_padding(self, live: Callable[[Write], torch.Tensor]) -> None:
+        """Zeros are written to the slots ``live(write)``, after the step's own keys and values."""
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Positions in a block of the cache."""
+
+    @abstractmethod
     def spoil_cache(self) -> None:
         """Let this layer's cache hold what no request wrote."""
 
@@ -206,6 +219,13 @@ class Site(ABC):
         """``wrong(partial, reduce)`` instead of the sum of every rank's ``partial``."""
 
     @abstractmethod
+    def on_hand_over(self, wrong: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """``wrong(hidden, residual)`` instead of what goes to the stage whose first layer this is.
+
+        ``hidden`` is the sum of ``residual`` and what the last layer's MLP added. NotHere on every other stage.
+        """
+
+    @abstractmethod
     def on_embedding_scale(self, wrong: Callable[[float], float]) -> None:
         """``wrong(factor)`` instead of the factor on the embedding."""
 
@@ -216,10 +236,3 @@ class Site(ABC):
     @abstractmethod
     def on_logits(self, wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """``wrong(raw)`` instead of the finished logits; ``raw`` are those before any softcap."""
-
-
-class Host:
-    """Where mistakes of scheduling are planted: nano's core ``llm``, in the process that schedules."""
-
-    def __init__(self, llm: Any, changes: Changes) -> None:
-        self.llm, self.changes = llm, changes

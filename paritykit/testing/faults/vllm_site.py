@@ -11,7 +11,7 @@ import torch
 
 from paritykit.engines.nano.attention import Scores
 from paritykit.testing.faults.nano_site import SPOILT
-from paritykit.testing.faults.site import Rotation, Site, Write, Wrong
+from paritykit.testing.faults.site import NotHere, Rotation, Site, Write, Wrong
 
 
 class VllmSite(Site):
@@ -110,15 +110,38 @@ class VllmSite(Site):
 
         def update(right_of: Any, *args: Any) -> None:
             *rest, slots = args
-            layer, spans = args[0], self.spans()
-            if (
-                spans is not None and args[3].data_ptr() == layer.kv_cache.data_ptr()
-            ):  # not what a cache reader tries out
-                count = len(spans.positions)
-                slots = torch.cat((wrong(Write(slots[:count].clone(), spans.positions, spans.decode)), slots[count:]))
+            write = self.write_of(args)
+            if write is not None:
+                slots = torch.cat((wrong(write), slots[len(write.slots) :]))
             right_of(*rest, slots)
 
         self.changes.wrap(self.attention.attn.impl, "do_kv_cache_update", update)
+
+    def on_padding(self, live: Callable[[Write], torch.Tensor]) -> None:
+        """Zeros are written to the slots ``live(write)``, after the step's own keys and values."""
+
+        def update(right_of: Any, *args: Any) -> None:
+            right_of(*args)
+            write, (layer, key, value, cache, _) = self.write_of(args), args
+            if write is not None:
+                slots = live(write)
+                right_of(layer, *(torch.zeros_like(t[: len(slots)]) for t in (key, value)), cache, slots)
+
+        self.changes.wrap(self.attention.attn.impl, "do_kv_cache_update", update)
+
+    def write_of(self, args: tuple[Any, ...]) -> Write | None:
+        """What a call of the backend's cache update writes; None in a warm-up, or where a cache reader tries it out."""
+        layer, _, _, cache, slots = args
+        spans = self.spans()
+        if spans is None or cache.data_ptr() != layer.kv_cache.data_ptr():
+            return None
+        last = torch.tensor(spans.ends[1 : len(spans.counts) + 1]) - 1
+        return Write(slots[: len(spans.positions)].clone(), spans.positions, spans.decode, last)
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block of the cache."""
+        return int(self.worker.vllm_config.cache_config.block_size)
 
     def spoil_cache(self) -> None:
         """Let this layer's cache hold what no request wrote."""
@@ -198,6 +221,24 @@ class VllmSite(Site):
 
         self.changes.set(linear, "reduce_results", False)
         self.changes.wrap(linear, "forward", forward)
+
+    def on_hand_over(self, wrong: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """``wrong(hidden, residual)`` instead of what goes to the stage whose first layer this is.
+
+        ``hidden`` is the sum of ``residual`` and what the last layer's MLP added. NotHere on every other stage.
+        """
+        inner = self.model.model
+        if inner.end_layer != self.layer:
+            raise NotHere
+
+        def forward(right_of: Any, *args: Any, **kwargs: Any) -> Any:
+            handed = right_of(*args, **kwargs)
+            update, residual = handed["hidden_states"], handed["residual"]
+            total = self.blend(residual + update, wrong(residual + update, residual))
+            handed["hidden_states"], handed["residual"] = torch.zeros_like(total), total
+            return handed
+
+        self.changes.wrap(inner, "forward", forward)
 
     def on_embedding_scale(self, wrong: Callable[[float], float]) -> None:
         """Another factor on the embedding."""
