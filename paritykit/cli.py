@@ -18,7 +18,15 @@ from rich.console import Console
 
 import paritykit
 from paritykit.errors import ParityError, UsageError
-from paritykit.options import CAPTURE_OPTIONS, REPORT_OPTIONS, RUN_OPTIONS, WEIGHTS_OPTIONS, apply, parse_engine_args
+from paritykit.options import (
+    CAPTURE_OPTIONS,
+    FLOOR_OPTIONS,
+    REPORT_OPTIONS,
+    RUN_OPTIONS,
+    WEIGHTS_OPTIONS,
+    apply,
+    parse_engine_args,
+)
 from paritykit.progress import ProgressLine
 from paritykit.reports import REPORTS, write_report
 from paritykit.reports.terminal import print_summary, show_point
@@ -219,6 +227,36 @@ def audit(checkpoint: str, **options: Any) -> int:
         print_audit(found, console=Console(), verbose=options["verbose"])
     results = audit_results(found, checkpoint, command=["paritykit", *sys.argv[1:]])
     return _finish(results, {**options, "quiet": True})
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("model")
+@apply(FLOOR_OPTIONS)
+def floor(model: str, **options: Any) -> int:
+    """Measure the noise floor of MODEL: how far the reference in a dtype is from itself one precision above.
+
+    Keeps it as data, or says where it moved since: exit code 1 if it did.
+
+    \b
+    paritykit floor ./my-model --dtype bfloat16 -o references/my-model-bfloat16.json
+    paritykit floor ./my-model --dtype bfloat16 --against references/my-model-bfloat16.json
+    """
+    from paritykit.floor_file import moves, read_floor, write_floor
+    from paritykit.plan import make_plan
+    from paritykit.reports.floor import print_floor
+
+    given = {"dtype": options["dtype"], "reference_dtype": options["reference_dtype"]}
+    given["cache"] = "off" if options["no_cache"] else None
+    plan = make_plan(model, given=given, case_names=options["case"], cases_file=options["cases"])
+    before = read_floor(options["against"]) if options["against"] else None
+    with ProgressLine(quiet=options["quiet"]) as progress:
+        now = plan.measure_floor(progress=progress)
+    moved = moves(before, now) if before is not None else []
+    if options["out"]:
+        write_floor(now, options["out"])
+    if not options["quiet"]:
+        print_floor(now.floors, moved=[m.describe() for m in moved], console=Console())
+    return 1 if moved else 0
 
 
 @cli.command(context_settings=CONTEXT)

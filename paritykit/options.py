@@ -32,6 +32,15 @@ CANDIDATE = (
     click.option("--dtype", help="The candidate's dtype (default: auto, the checkpoint's own)."),
     click.option("--tensor-parallel-size", type=int, default=1, show_default=True, help="Ranks of the candidate."),
 )
+FLOOR_OPTIONS = (
+    click.option("--dtype", help="The twin's dtype (default: auto, the checkpoint's own)."),
+    click.option("--reference-dtype", help="The truth's dtype (default: one precision above it)."),
+    click.option("--no-cache", is_flag=True, help="Neither use nor keep captures of the reference."),
+    click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Keep it in this JSON file."),
+    click.option("--against", type=click.Path(path_type=Path, dir_okay=False), help="Kept floor to compare it with."),
+    *CASES[:2],
+    QUIET,
+)
 WEIGHTS_OPTIONS = (*CANDIDATE, ENGINE_ARG)
 RUN_OPTIONS = (
     click.option("--reference", help="Reference engine (default: hf)."),

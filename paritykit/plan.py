@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from paritykit.case import Case, CaseSet, read_cases, validate
@@ -19,6 +21,7 @@ from paritykit.engines.dtypes import dtype_name
 from paritykit.engines.process import HostPool, HostProcess, ProcessEngine
 from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
+from paritykit.floor_file import FloorFile, floor_of
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import resolve_model, tokenizer_of
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
@@ -78,6 +81,22 @@ class Plan:
         ranks = own.pop("tensor_parallel_size")
         host = hosts.get(f"varied on {ranks * int(own.get('pipeline_parallel_size', 1))}")
         return replace(self, engine_args=own, tensor_parallel_size=ranks).candidate_engine(host)
+
+    def measure_floor(self, *, progress: Progress | None = None) -> FloorFile:
+        """The noise floor of the model on these cases; runs the reference twice and no candidate.
+
+        Raises UsageError where there is none to measure.
+        """
+        reference = self.reference()
+        with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
+            reference.prepare(folder=Path(folder), cases=self.resolve_cases(), progress=progress)
+            try:
+                twin = reference.twin_capture
+                if twin is None:
+                    raise UsageError(f"there is no noise floor to measure: {reference.no_floor}")
+                return floor_of(reference.capture, twin)
+            finally:
+                reference.close()
 
     def resolve_cases(self) -> list[Case]:
         """The cases for this model. Raises UsageError."""

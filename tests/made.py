@@ -22,12 +22,19 @@ def side(dtype: str = "float32") -> Side:
     return Side(engine="made", model="model", dtype=dtype)
 
 
-def write_steps(part: PartWriter, steps: Iterable[Step]) -> None:
+def write_steps(part: PartWriter, steps: Iterable[Step], *, kinds: Mapping[str, str] | None = None) -> None:
     for segments, tensors in steps:
         part.step(segments)
         for key, tensor in tensors.items():
             module, port, call = split_key(key)
-            part.record(tensor, module=module, port=port, call=call, kind="Made", axes="tokens, features")
+            part.record(
+                tensor,
+                module=module,
+                port=port,
+                call=call,
+                kind=(kinds or {}).get(key, "Made"),
+                axes="tokens, features",
+            )
 
 
 def write_capture(
@@ -37,6 +44,7 @@ def write_capture(
     generated: Mapping[str, list[int]] | None = None,
     facts: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    kinds: Mapping[str, str] | None = None,
 ) -> Capture:
     """A capture of ``steps`` for each rank; the one case is ``a`` unless ``cases`` says otherwise."""
     found = list(cases) if cases is not None else [Case(id="a", tokens=(1,))]
@@ -45,7 +53,7 @@ def write_capture(
         parts = []
         for rank, steps in enumerate(ranks):
             with PartWriter(folder.path, rank=rank) as part:
-                write_steps(part, steps)
+                write_steps(part, steps, kinds=kinds)
                 parts.append(part.finish())
         return Capture.open(folder.commit(manifest, parts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import msgspec
 import torch
 
 from paritykit.captures.reader import Capture
@@ -16,9 +17,13 @@ from paritykit.comparison.metrics import Meter
 from paritykit.comparison.noise import Noise
 from paritykit.comparison.policy import Policy
 from paritykit.comparison.spread import SpreadMeter
+from paritykit.comparison.twin import twin_error
 from paritykit.mapping.rules import Rule
+from paritykit.results import Finding
 
 LAYER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
+BROKEN = 0.5
+"""Where the twin is off by half of what it should be, twice that says nothing of a candidate."""
 FEW = 500.0
 """A twin of fewer independent numbers may be lucky, and is held together with its neighbours where it matters."""
 
@@ -61,6 +66,30 @@ def judge_point(
     return judge_floor(measured, noise, dtype=dtype, factor=factor, pooled=pooled, note=note)
 
 
+def name_reference(subject: Subject, rule: Rule, finding: Finding, noise: Noise) -> Finding:
+    """``finding``, *inconclusive* where the reference's own twin is as far from the truth: no candidate is to blame."""
+    text = ""
+    if noise.twin.whole >= BROKEN:
+        text = f"the reference itself is off by {noise.twin.whole:.2g} of its size in the candidate's dtype"
+    elif finding.metric == "nonfinite_mismatch" and not _blamed_nonfinite(subject, rule, finding.case):
+        text = "the reference itself has the same NaN or Inf in the candidate's dtype"
+    if not text:
+        return finding
+    return msgspec.structs.replace(finding, verdict="inconclusive", message=f"{text}; check `reference` looks closer")
+
+
+def _blamed_nonfinite(subject: Subject, rule: Rule, case: str) -> bool:
+    """Whether the candidate has a NaN or Inf where both truth and twin have none, or lacks one that they have."""
+    for position, left, right in pairs(rule, subject.reference, subject.candidate, case):
+        twin = own_rows(subject.twin, rule.reference, case, position, len(left)) if subject.twin is not None else None
+        if twin is None:
+            return True
+        differs = (left.isfinite() != right.isfinite()) & (right.isfinite() != twin.isfinite())
+        if bool(differs.any()):
+            return True
+    return False
+
+
 def pooled_floor(subject: Subject, key: str) -> float:
     """The twin's error at a point over all cases, or at the same point of the layers before and after it.
 
@@ -94,18 +123,9 @@ def sound_positions(subject: Subject, rule: Rule, case: str, *, check: str = "mo
 
 def _over_cases(subject: Subject, key: str) -> float:
     """The root mean square over cases of the twin's relative error."""
-    if key not in subject.twin_errors:
-        found = [e for case in subject.reference.cases if (e := _twin_error(subject, key, case)) is not None]
-        subject.twin_errors[key] = math.sqrt(sum(e * e for e in found) / len(found)) if found else 0.0
+    if subject.twin is None or key in subject.twin_errors:
+        return subject.twin_errors.get(key, 0.0)
+    found = [twin_error(subject.reference, subject.twin, key, case) for case in subject.reference.cases]
+    errors = [e for e in found if e is not None and math.isfinite(e)]
+    subject.twin_errors[key] = math.sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
     return subject.twin_errors[key]
-
-
-def _twin_error(subject: Subject, key: str, case: str) -> float | None:
-    meter, point = Meter(), subject.reference.point(key)
-    for span in subject.reference.spans(point, case):
-        rows = [own_rows(c, key, case, span.position, span.length) for c in (subject.reference, subject.twin) if c]
-        if len(rows) < 2 or rows[0] is None or rows[1] is None:
-            return None
-        meter.update(rows[0], rows[1])
-    error = meter.result().rel_l2 if subject.reference.spans(point, case) else math.nan
-    return error if math.isfinite(error) else None

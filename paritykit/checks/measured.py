@@ -6,7 +6,7 @@ import math
 
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import Subject
-from paritykit.checks.floors import FloorMeter, judge_point
+from paritykit.checks.floors import FloorMeter, judge_point, name_reference
 from paritykit.checks.routing import soften
 from paritykit.comparison.align import pairs
 from paritykit.comparison.judge import finding_from
@@ -63,7 +63,7 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str, depth:
         candidate_point=rule.candidate,
         mapping=rule.describe(),
     )
-    return soften(subject, finding)
+    return soften(subject, finding if noise is None else name_reference(subject, rule, finding, noise))
 
 
 def wanted_rows(subject: Subject, rule: Rule, case: str, *, found: list[int]) -> int:
