@@ -84,7 +84,7 @@ def test_routing_in_bfloat16_is_not_called_a_failure(bench: Bench) -> None:
     assert results.summary.failed == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", pytest.param("phi3", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("family", ["gemma2", *(pytest.param(f, marks=pytest.mark.deep) for f in ("qwen2", "phi3"))])
 def test_two_ranks_are_joined(bench: Bench, family: str) -> None:
     results = bench.compare(tiny_model(family), tensor_parallel_size=2)
     assert results.summary.verdict == "pass", results.summary
