@@ -58,7 +58,8 @@ def soften(subject: Subject, finding: Finding) -> Finding:
 def legitimate_flips(subject: Subject, case: str) -> list[Flip]:
     """Every legitimate flip of a case, by router in order of execution and then by position."""
     if case not in subject.flips:
-        rules = [r for r in subject.mapping.rules if r.reference in subject.routers]
+        shown = subject.candidate.points
+        rules = [r for r in subject.mapping.rules if r.reference in subject.routers and r.candidate in shown]
         rules.sort(key=lambda r: subject.graph.order(r.reference))
         subject.flips[case] = [flip for rule in rules for flip in _of_router(subject, rule, case)]
     return subject.flips[case]

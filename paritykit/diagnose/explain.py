@@ -17,6 +17,7 @@ import torch
 
 from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
+from paritykit.comparison.floor import FACTOR
 from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, fallback
 from paritykit.diagnose.catalogue import CAUSES, UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
@@ -28,6 +29,8 @@ from paritykit.results import Cause, Finding
 
 log = logging.getLogger(__name__)
 SHOWN = 3
+PREDICTED = 4.0
+"""Times what an engine is allowed: a prediction rounds in its own way, and its angles at late positions most."""
 COMPARING = ("modules", "logits", "tokens")
 """Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
@@ -156,13 +159,18 @@ def _beside(point: str, first: str) -> bool:
 
 
 def _allowed(findings: list[Finding]) -> Tolerance:
-    """What was allowed at a point, from how it was judged."""
-    for finding in findings:
-        if finding.allowed and finding.metric in ("rel_l2", "position_rel_l2"):
-            whole = finding.allowed / (POSITION_FACTOR if finding.metric == "position_rel_l2" else 1.0)
-            return Tolerance(whole, whole * POSITION_FACTOR, finding.allowed_source)
-    whole = fallback("float32", depth=findings[0].order)
-    return Tolerance(whole, whole * POSITION_FACTOR, "")
+    """What was allowed at a point, from how it was judged: the most of all cases, whose rows are held together."""
+    found = [_whole(f) for f in findings if f.noise_floor or (f.allowed and f.metric in ("rel_l2", "position_rel_l2"))]
+    whole = max(found, default=fallback("float32", depth=findings[0].order))
+    return Tolerance(whole, whole * POSITION_FACTOR, findings[0].allowed_source)
+
+
+def _whole(finding: Finding) -> float:
+    """What a whole point was allowed; more beside a noise floor, see ``PREDICTED``."""
+    if finding.noise_floor:
+        return PREDICTED * FACTOR * finding.noise_floor
+    assert finding.allowed is not None
+    return finding.allowed if finding.metric == "rel_l2" else finding.allowed / POSITION_FACTOR
 
 
 def _tried(scene: Scene, bar: Bar) -> tuple[list[Named], list[tuple[CauseKind, Pattern]]]:

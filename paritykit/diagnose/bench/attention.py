@@ -224,7 +224,7 @@ def rotary_dims(scene: Scene, head_dim: int) -> list[int]:
 def _exact(scene: Scene, measured: Rotation) -> Rotation:
     """The frequencies of one of the config's bases, where those that were measured are them."""
     for theta in bases_in(scene.config):
-        plain = powers(theta, measured.dims)
+        plain = powers(theta, measured.dims, dtype=scene.dtype)
         if torch.allclose(plain.double(), measured.frequencies, rtol=1e-4, atol=1e-7):
             return replace(measured, frequencies=plain)
     return measured

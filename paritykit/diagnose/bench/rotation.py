@@ -29,10 +29,15 @@ class Rotation:
     magnitude: float = 1.0
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[tokens, heads, head_dim]`` rotated at ``positions`` ``[tokens]``; float32 angles, as in engines."""
+        """``x`` ``[tokens, heads, head_dim]`` rotated at ``positions`` ``[tokens]``.
+
+        Angles are in float32, as in engines, but for a truth in float64 turned by what was measured of it.
+        """
         if not self.dims:
             return x
-        angle = positions.float()[:, None] * self.frequencies.float()
+        exact = x.dtype == self.frequencies.dtype == torch.float64
+        kind = torch.float64 if exact else torch.float32
+        angle = positions.to(kind)[:, None] * self.frequencies.to(kind)
         turned = as_pairs(x, self.dims, interleaved=self.interleaved)
         factor = torch.polar(torch.full_like(angle, self.magnitude), angle).to(turned.dtype)
         return from_pairs(turned * factor[:, None], x, interleaved=self.interleaved)
@@ -79,9 +84,9 @@ def _frequencies(sums: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def powers(theta: float, dims: int) -> torch.Tensor:
+def powers(theta: float, dims: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Plain frequencies of a base, ``theta ** (-2 i / dims)``, in float32 as engines compute them."""
-    return 1.0 / (theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims))
+    return 1.0 / (theta ** (torch.arange(0, dims, 2, dtype=dtype) / dims))
 
 
 def base_of(frequencies: torch.Tensor, dims: int) -> float | None:
