@@ -77,20 +77,26 @@ def cause_of(finding: Finding, *, tied: bool = False) -> str:
 
     ``tied``: head and embedding were found to share a weight that they should not.
     """
-    code, tensor, text = finding.metric, finding.point, finding.message
-    if code in ("wrong-slice", "wrong-order") and (ON_RANKS.search(text) or _cut_apart(finding)):
-        return "tp-shard"
+    code, tensor = finding.metric, finding.point
     if code in ("wrong-slice", "wrong-order"):
-        return _misplaced(code, tensor, text)
-    if code in ("unread", "missing-tensor") and tensor.endswith(".bias"):
-        return "bias-missing"
-    if code == "unread" and _few(finding):
-        return "weight-corrupt"
-    if code == "unread" and tensor.startswith("lm_head"):
-        return "weight-shared-wrongly" if tied else "lm-head"
+        cut = ON_RANKS.search(finding.message) or _cut_apart(finding)
+        return "tp-shard" if cut else _misplaced(code, tensor, finding.message)
+    if code in ("unread", "missing-tensor"):
+        return _missing(finding, tied=tied)
     if code == "offset" and "norm" not in tensor and "ln_" not in tensor:
         return "weight-corrupt"
     return PLAIN.get(code, "")
+
+
+def _missing(finding: Finding, *, tied: bool) -> str:
+    """What it is that a tensor, or part of it, did not arrive."""
+    if _few(finding):
+        return "weight-corrupt"
+    if finding.point.endswith(".bias"):
+        return "bias-missing"
+    if finding.point.startswith("lm_head"):
+        return "weight-shared-wrongly" if tied else "lm-head"
+    return PLAIN[finding.metric]
 
 
 def _few(finding: Finding) -> bool:

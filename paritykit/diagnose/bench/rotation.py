@@ -29,7 +29,7 @@ class Rotation:
     magnitude: float = 1.0
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[tokens, heads, head_dim]`` rotated at ``positions`` ``[tokens]``; angles in float32, as in engines."""
+        """``x`` ``[tokens, heads, head_dim]`` rotated at ``positions`` ``[tokens]``; float32 angles, as in engines."""
         if not self.dims:
             return x
         angle = positions.float()[:, None] * self.frequencies.float()
