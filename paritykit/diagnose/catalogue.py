@@ -6,7 +6,7 @@ Another package adds a cause through the entry point group ``paritykit.causes``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,12 @@ class CauseKind:
     seen: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
 
-    def sources(self) -> Iterator[Callable[[Any], Iterable[Any]]]:
-        """The functions from a scene to its hypotheses and patterns. Imports torch."""
-        for target in self.tests:
-            module = target.partition(":")[0]
-            yield load_attribute(target if "." in module else f"{HERE}.{target}", kind=f"cause {self.name!r}")
+    def source(self, target: str) -> Callable[[Any], Iterable[Any]]:
+        """The function that one of ``tests`` names. Imports torch. Raises UsageError where there is none."""
+        module = target.partition(":")[0]
+        path = target if "." in module else f"{HERE}.{target}"
+        found: Callable[[Any], Iterable[Any]] = load_attribute(path, kind=f"cause {self.name!r}")
+        return found
 
 
 for _row in TABLE:

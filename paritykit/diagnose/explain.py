@@ -24,6 +24,7 @@ from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
 from paritykit.diagnose.scene import ReadTensor, Scene
 from paritykit.diagnose.trial import Bar, Pattern, Trial, Tried
+from paritykit.errors import ParityError
 from paritykit.mapping.rules import Rule
 from paritykit.results import Cause, Finding
 
@@ -35,7 +36,7 @@ COMPARING = ("modules", "logits", "tokens")
 """Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
 """Points that are explained: the first, and modules beside it that differ too, though what they were fed is right."""
-ODD = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, NotImplementedError)
+ODD = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ParityError)
 """What a hypothesis may stumble over in a model it was not thought of for; it is dropped then, and the others go on."""
 
 
@@ -107,19 +108,23 @@ def explain(
 def _explained(point: str, findings: list[Finding], known: list[Finding], sides: Sides) -> list[Cause]:
     """The causes of one point. What check ``weights`` says of its module comes first: it looked at the weights."""
     if point not in sides.rules or point not in sides.reference.points:
-        return [_not_computed(findings[0])]
-    scene = sides.scene(point, findings)
+        return [_not_computed(findings[0], f"there is no computation to test at {point}")]
     parameters: dict[str, str] = sides.reference.manifest.facts.get("parameters", {})
-    told = weights_of(known, scene.module, parameters)
-    tested = causes_of(scene) if scene.cases else []
+    told = weights_of(known, split_key(point)[0], parameters)
+    try:
+        scene = sides.scene(point, findings)
+        tested = causes_of(scene) if scene.cases else []
+    except ODD as error:
+        log.debug("%s cannot be explained: %s: %s", point, type(error).__name__, error)
+        tested = [_not_computed(findings[0], f"{point} cannot be looked at: {error}")]
     sure = {c.name: c for c in reversed(told)}
     others = [c for c in tested if c.name not in sure and not (told and c.name == UNKNOWN.name)]
     return [*sure.values(), *others][:SHOWN]
 
 
-def _not_computed(finding: Finding) -> Cause:
+def _not_computed(finding: Finding, why: str) -> Cause:
     """The cause of what is no tensor: a token chosen from equal logits, a point of another size."""
-    text = f"there is no computation to test at {finding.point}: {finding.message or 'every tensor compared is right'}"
+    text = f"{why}: {finding.message}" if finding.message else why
     return Cause(code=UNKNOWN.code, name=UNKNOWN.name, confidence=0.0, evidence=text)
 
 
@@ -192,9 +197,9 @@ def _tried(scene: Scene, bar: Bar) -> tuple[list[Named], list[tuple[CauseKind, P
 
 
 def _hypotheses(kind: CauseKind, scene: Scene) -> Iterator[Trial | Pattern]:
-    for source in kind.sources():
+    for target in kind.tests:
         try:
-            yield from source(scene)
+            yield from kind.source(target)(scene)
         except ODD as error:
             log.debug("%s is not tested further at %s: %s: %s", kind.name, scene.point, type(error).__name__, error)
 

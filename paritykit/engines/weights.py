@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from paritykit.engines.checkpoint import Checkpoint
@@ -39,9 +39,12 @@ class TensorReader:
         return {name: file for file in opened for name in list(file.keys())}  # type: ignore[no-untyped-call]
 
     def __call__(self, name: str) -> torch.Tensor | None:
-        """The tensor, memory-mapped."""
-        file = self._places.get(name)
-        return None if file is None else file.get_tensor(name)
+        """The tensor, memory-mapped; None as well where its file cannot be read."""
+        try:
+            file = self._places.get(name)
+            return None if file is None else file.get_tensor(name)
+        except (SafetensorError, OSError):
+            return None
 
 
 def through_folder(checkpoint: Checkpoint, load: Callable[[Path], Any]) -> Callable[[Iterable[Pair]], None]:

@@ -1,0 +1,64 @@
+"""What checks of weights and files name by themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from paritykit.diagnose.known import cause_of, named, weights_of
+from paritykit.verdict import summarise
+from tests.made import finding
+
+GATE, QUERY = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(("fields", "name"), [
+    ({"metric": "unread"}, "weight-not-loaded"),
+    ({"metric": "unread", "shape": [64, 64], "metrics": {"unread": 1.0}}, "weight-corrupt"),
+    ({"metric": "wrong-order"}, "rows-permuted"),
+    ({"metric": "wrong-order", "message": "axis 0 is out of order on rank 1"}, "tp-shard"),
+    ({"metric": "wrong-order", "message": "landed in part several of it", "mapping": "w on rank 1"}, "tp-shard"),
+    ({"metric": "wrong-slice", "message": "w landed in model.layers.1.self_attn.q_proj"}, "weight-shared-wrongly"),
+    ({"metric": "value-changed"}, "weight-corrupt"),
+    ({"metric": "scale"}, "scale-factor"),
+    ({"metric": "offset"}, "weight-corrupt"),
+    ({"metric": "layers-disagree"}, ""),
+])  # fmt: skip
+def test_a_problem_of_a_weight_is_a_cause(fields: dict[str, object], name: str) -> None:
+    assert cause_of(finding(QUERY, "fail", check="weights", **fields)) == name
+
+
+@pytest.mark.parametrize(("tensor", "metric", "name"), [
+    (GATE, "wrong-order", "gate-up-swapped"),
+    ("model.layers.0.mlp.experts.3.w1.weight", "wrong-slice", "moe-routing"),
+    ("model.layers.0.input_layernorm.weight", "offset", "norm-offset"),
+    ("model.layers.0.self_attn.q_proj.bias", "unread", "bias-missing"),
+    ("lm_head.weight", "unread", "lm-head"),
+])  # fmt: skip
+def test_which_tensor_it_is_decides(tensor: str, metric: str, name: str) -> None:
+    assert cause_of(finding(tensor, "fail", check="weights", metric=metric)) == name
+
+
+def test_a_head_that_is_not_read_because_it_is_tied_is_shared() -> None:
+    unread = finding("lm_head.weight", "fail", check="weights", metric="unread")
+    tied = finding("model.embed_tokens.weight", "fail", check="weights", metric="tied-wrongly")
+    assert [f.causes[0].name for f in named([unread, tied])] == ["weight-shared-wrongly"] * 2
+
+
+def test_what_passes_and_other_checks_are_left_as_they_are() -> None:
+    findings = [finding(QUERY, "pass", check="weights"), finding("model.norm", "fail", metric="rel_l2")]
+    assert named(findings) == findings
+
+
+def test_the_weights_of_a_module_are_found_by_the_references_names() -> None:
+    found = named([finding("w1", "fail", check="weights", metric="unread"), finding(QUERY, "fail", check="weights")])
+    assert [c.name for c in weights_of(found, "mlp.experts", {"w1": "mlp.experts.gate_up_proj"})] == [
+        "weight-not-loaded"
+    ]
+    assert weights_of(found, "mlp", {"w1": "mlp.experts.gate_up_proj"}) == []
+
+
+def test_the_summary_shows_the_causes_of_the_first_divergence() -> None:
+    found = named([finding(QUERY, "fail", check="weights", case="", metric="unread", message="not read")])
+    summary = summarise(["weights"], [], found, min_coverage=0.5)
+    assert [c.name for c in summary.causes] == ["weight-not-loaded"]
+    assert summary.causes[0].evidence == "check weights: not read"
