@@ -1,4 +1,4 @@
-"""What transformers' modules say of their weights: the parameter of each checkpoint tensor, and its output axis."""
+"""What transformers' modules say of themselves: the parameter of each checkpoint tensor, its output axis; routers."""
 
 from __future__ import annotations
 
@@ -43,3 +43,14 @@ def feature_axis(model: nn.Module, parameter: str) -> int | None:
         return 1
     tensor = getattr(module, name, None)
     return 0 if isinstance(tensor, torch.Tensor) and tensor.dim() == 1 else None
+
+
+def experts_chosen(module: nn.Module) -> int:
+    """How many experts a router chooses by its largest logits; 0 for any other module, and where it chooses by more.
+
+    Some add a bias that is not in the logits, or look at groups of experts first.
+    """
+    count, groups = getattr(module, "top_k", 0), getattr(module, "num_group", None) or 1
+    greedy = groups == 1 or getattr(module, "topk_method", "") == "greedy"
+    plain = "Router" in type(module).__name__ and not isinstance(module, nn.Linear) and isinstance(count, int)
+    return count if plain and greedy and not hasattr(module, "e_score_correction_bias") else 0

@@ -30,7 +30,7 @@ from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.dtypes import parse_dtype
-from paritykit.engines.features import feature_axes, parameter_names
+from paritykit.engines.features import experts_chosen, feature_axes, parameter_names
 from paritykit.engines.kv import CacheReading
 from paritykit.engines.truth import check_wide, let_run, prove_wide, round_weights
 from paritykit.engines.widen import widened
@@ -165,13 +165,17 @@ class HFEngine:
         return widened() if self._widen else nullcontext()
 
     def _facts(self) -> dict[str, Any]:
-        """What mapping needs: where transformers put each checkpoint tensor, and modules that mean something else."""
+        """What mapping needs: where transformers put each checkpoint tensor, and modules that mean something else.
+
+        ``routers``: module path to how many experts it chooses, see ``experts_chosen``.
+        """
         head = self._model.get_output_embeddings()
         parameters = parameter_names(self._model, list(self.checkpoint.tensors))
         return {
             "parameters": parameters,
             "features": feature_axes(self._model, parameters),
             "meanings": {n: why for n, m in self._model.named_modules() if (why := other_meaning(m))},
+            "routers": {n: count for n, m in self._model.named_modules() if (count := experts_chosen(m))},
             "head": next((n for n, m in self._model.named_modules() if m is head), ""),
             "experts_per_token": experts_per_token(self.checkpoint.text_config),
         }

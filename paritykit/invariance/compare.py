@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import torch
@@ -14,14 +15,16 @@ from paritykit.captures.reader import Capture
 from paritykit.checks.base import LOGITS
 from paritykit.comparison.align import Stretch, overlaps, rule_rows, stretches
 from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices, logits_within
-from paritykit.comparison.judge import finding_from
+from paritykit.comparison.judge import finding_from, ranges
 from paritykit.comparison.metrics import Meter
-from paritykit.comparison.tolerance import Tolerance
+from paritykit.comparison.routing import Rerouted, Router, Rows, trace_flips
+from paritykit.comparison.tolerance import ROUNDING, Tolerance, coarser
 from paritykit.diagnose.locate import Graph, locate
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.rules import Rule
 from paritykit.results import Finding, Unmatched
 
+HALF = frozenset(d for d, step in ROUNDING.items() if step > ROUNDING["float32"])
 Allow = Callable[[tuple[str, str], int], Tolerance]
 """The tolerance for the dtypes of a point, at this place in execution order."""
 
@@ -51,7 +54,7 @@ class Scene:
     """Two views of one case, and by what they are judged.
 
     ``cases`` are the case of the base and the one of the varied run that stands for it. ``partial``: the varied run may
-    lack positions.
+    lack positions. ``routers`` are the reference's.
     """
 
     base: View
@@ -62,6 +65,22 @@ class Scene:
     check: str
     condition: str
     partial: bool = False
+    routers: tuple[Router, ...] = ()
+
+    @cached_property
+    def rerouted(self) -> Rerouted:
+        """Tokens that the two runs sent to other experts, explained by the measured error."""
+        return trace_flips(self.routers, self.rows, self.allowed)
+
+    def rows(self, key: str) -> Rows | None:
+        """Both runs' rows of a point, at the positions that both computed; None where one does not show it."""
+        if any(key not in view.rules for view, _ in self.sides()):
+            return None
+        spans = list(overlaps(*(view.stretches(key, case) for view, case in self.sides())))
+        if not spans:
+            return None
+        left, right = (torch.cat([v.rows(key, c, *span) for span in spans]) for v, c in self.sides())
+        return Rows([p for span in spans for p in range(*span)], left, right)
 
     def sides(self) -> Iterator[tuple[View, str]]:
         """Each view with its own case."""
@@ -88,33 +107,57 @@ def compare_views(scene: Scene) -> list[Finding]:
 
 
 def _point(scene: Scene, key: str) -> Finding | None:
-    base, varied = scene.base, scene.varied
-    order, allowed = scene.graph.order(key), scene.allowed(key)
+    """The finding of one point; rows behind an expert flip do not fail, and are told of where they differ."""
+    order = scene.graph.order(key)
     ours, theirs = (view.stretches(key, case) for view, case in scene.sides())
     wanted = sum(end - start for start, end in ours)
-    meter, places = Meter(element_tolerance=allowed.whole), list[int]()
-    for start, end in overlaps(ours, theirs):
-        meter.update(*(view.rows(key, case, start, end) for view, case in scene.sides()))
-        places += range(start, end)
+    spans = list(overlaps(ours, theirs))
+    places = [p for span in spans for p in range(*span)]
     cached = split_key(key)[1] in CACHE_PORTS and bool(places)
     if len(places) < wanted and not (scene.partial or cached):
         message = f"computed {len(places)} of {wanted} positions"
         return Finding(check=scene.check, case=scene.cases[0], point=key, verdict="error", order=order, message=message)
     if not places:
         return None
+    reached = scene.rerouted.reached(places, order=order)
+    finding = _measured(scene, key, [p for p in places if p not in reached]) if len(reached) < len(places) else None
+    if finding is not None and (finding.verdict == "fail" or not reached):
+        return _softened(scene, finding)
+    behind = _measured(scene, key, sorted(reached))
+    if behind.verdict != "fail":
+        return finding or behind
+    told = f"{len(reached)} of {len(places)} positions are behind an {scene.rerouted.describe(order=order)}"
+    return msgspec.structs.replace(finding or behind, verdict="inconclusive", message=told)
+
+
+def _measured(scene: Scene, key: str, places: list[int]) -> Finding:
+    """The finding of these positions, which both runs have."""
+    base, varied, allowed = scene.base, scene.varied, scene.allowed(key)
+    meter = Meter(element_tolerance=allowed.whole)
+    for first, last in ranges(places):
+        meter.update(*(view.rows(key, case, first, last + 1) for view, case in scene.sides()))
     return finding_from(
         meter.result(),
         allowed,
         check=scene.check,
         case=scene.cases[0],
         point=key,
-        order=order,
+        order=scene.graph.order(key),
         places=places,
         shape=[len(places), math.prod(base.capture.point(base.rules[key].candidate).row)],
         dtypes=(base.dtype(key), varied.dtype(key)),
         candidate_point=varied.rules[key].candidate,
         mapping=varied.rules[key].describe(),
     )
+
+
+def _softened(scene: Scene, finding: Finding) -> Finding:
+    """Inconclusive where it fails in half precision behind a router whose choice is not known."""
+    opaque = scene.rerouted.behind_opaque(finding.order) and coarser(finding.dtypes or ("", "")) in HALF
+    if finding.verdict != "fail" or not opaque or finding.metric == "nonfinite_mismatch":
+        return finding
+    text = f"behind {scene.rerouted.opaque}, whose choice of experts is not known: near-ties may flip in half precision"
+    return msgspec.structs.replace(finding, verdict="inconclusive", failing=[], message=text)
 
 
 def compare_tokens(scene: Scene) -> Finding | None:
@@ -142,7 +185,18 @@ def compare_tokens(scene: Scene) -> Finding | None:
         total=length,
         message=scene.told(text),
     )
+    if found.verdict == "fail" and _choice_explained(scene, flips[0].step):
+        found = msgspec.structs.replace(
+            found, verdict="inconclusive", message=f"{found.message}; behind an expert flip"
+        )
     return msgspec.structs.replace(found, condition=scene.condition)
+
+
+def _choice_explained(scene: Scene, step: int) -> bool:
+    """Whether the logits of a choice are behind an expert flip, or a router whose choice is not known."""
+    place, order = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step, scene.graph.order(LOGITS)
+    opaque = scene.rerouted.behind_opaque(order) and scene.base.capture.manifest.side.dtype in HALF
+    return opaque or bool(scene.rerouted.reached([place], order=order))
 
 
 def left_out(base: View, varied: View) -> list[Unmatched]:

@@ -93,6 +93,7 @@ def compare_twins(laboratory: Laboratory, twins: Twins, *, check: str) -> tuple[
             check=check,
             condition=twins.varied.name,
             partial=twins.partial or twins.varied.points is not None,
+            routers=laboratory.routers,
         )
         choice = compare_tokens(scene)
         found += [*compare_views(scene), *([choice] if choice is not None else [])]

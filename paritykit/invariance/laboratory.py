@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from paritykit.captures.manifest import Manifest
+from paritykit.captures.manifest import Manifest, split_key
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.routing import Router, find_routers
 from paritykit.diagnose.locate import Graph
 from paritykit.engines.base import Engine, Progress
 from paritykit.errors import EngineError, UsageError
@@ -71,6 +72,11 @@ class Laboratory:
         return Graph(self.reference)
 
     @cached_property
+    def routers(self) -> tuple[Router, ...]:
+        """The reference's routers, where a model has experts."""
+        return tuple(find_routers(self.reference))
+
+    @cached_property
     def terms(self) -> int:
         """The most terms that a sum in this model has: the widest row of any point, or the longest text."""
         widest = max((math.prod(p.row) for p in self.reference.points if p.port != "logits"), default=1)
@@ -119,7 +125,7 @@ class Laboratory:
             if trial.poison is not None:
                 poison: Any = engine
                 poison.poison_cache(trial.poison)
-            points = Selection(self._points if trial.points is None else trial.points)
+            points = Selection(self._looks if trial.points is None else trial.points)
             out = self._folder / f"trial{len(self._views)}"
             if self._progress:
                 self._progress(f"running: {trial.name}", 0, 0)
@@ -146,6 +152,12 @@ class Laboratory:
             return UsageError(str(error))
         untraced = next((f.message for f in found.findings if f.verdict == "inconclusive"), "")
         return UsageError(untraced) if untraced else found
+
+    @property
+    def _looks(self) -> tuple[str, ...] | None:
+        """What trials record: with the points that were asked for the routers, which explain much."""
+        names = {split_key(r.key)[0].rpartition(".")[2] for r in self.routers}
+        return None if self._points is None else (*self._points, *(f"*.{n}" for n in sorted(names)))
 
     def _engine(self, arguments: dict[str, Any]) -> Engine:
         if not arguments:

@@ -158,7 +158,7 @@ def test_a_hypothesis_that_breaks_is_dropped_and_the_others_go_on(
         raise KeyError("not in this model")
 
     odd = CauseKind(code="PK198", name="odd", what="w", tested="t", look="l", tests=("odd.module:broken",))
-    monkeypatch.setitem(sys.modules, "odd.module", SimpleNamespace(broken=broken))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "odd.module", SimpleNamespace(broken=broken))
     monkeypatch.setitem(CAUSES._values, "odd", odd)
     (answer,) = answers(ground, find("norm-eps"), "qwen2", tmp_path)
     assert answer.first

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paritykit.captures.recorder import Call, Seen
+from paritykit.engines.features import experts_chosen
 from paritykit.engines.nano.attention import Attention
 from paritykit.engines.nano.linear import ColumnParallelLinear
 from paritykit.engines.nano.model import CausalLM, Decoder
@@ -31,6 +32,7 @@ def module_facts(model: CausalLM) -> dict[str, Any]:
         "meanings": {n: why for n, m in named if (why := other_meaning(m))},
         "packed": {k: list(v.values()) for k, v in model.packed_modules_mapping.items()},
         "names": weight_names(model),
+        "routers": {n: count for n, m in named if (count := experts_chosen(m))},
         "head": HEAD,
     }
 

@@ -18,7 +18,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden: int, experts: Experts, *, build: Build) -> None:
         super().__init__()
-        self._experts = experts
+        self._experts, self.top_k = experts, experts.chosen
         self.weight = build.parameter(experts.count, hidden, loader=load_whole)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
