@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from paritykit.diagnose.known import cause_of, named, weights_of
@@ -23,7 +25,7 @@ GATE, QUERY = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q
     ({"metric": "offset"}, "weight-corrupt"),
     ({"metric": "layers-disagree"}, ""),
 ])  # fmt: skip
-def test_a_problem_of_a_weight_is_a_cause(fields: dict[str, object], name: str) -> None:
+def test_a_problem_of_a_weight_is_a_cause(fields: dict[str, Any], name: str) -> None:
     assert cause_of(finding(QUERY, "fail", check="weights", **fields)) == name
 
 
