@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from paritykit.diagnose.known import cause_of, named, weights_of
+from paritykit.results import Coverage
 from paritykit.verdict import summarise
 from tests.made import finding
 
@@ -61,6 +62,7 @@ def test_the_weights_of_a_module_are_found_by_the_references_names() -> None:
 
 def test_the_summary_shows_the_causes_of_the_first_divergence() -> None:
     found = named([finding(QUERY, "fail", check="weights", case="", metric="unread", message="not read")])
-    summary = summarise(["weights"], [], found, min_coverage=0.5)
+    covered = Coverage(check="weights", points=1, compared=1)
+    summary = summarise(["weights"], [covered], found, min_coverage=0.5)
     assert [c.name for c in summary.causes] == ["weight-not-loaded"]
     assert summary.causes[0].evidence == "check weights: not read"
