@@ -47,8 +47,9 @@ class Store:
         new = self.folder / f".{key}.{uuid.uuid4().hex[:8]}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            new.with_suffix(".probe").mkdir()
-            new.with_suffix(".probe").rmdir()
+            probe = new.with_name(f"{new.name}.probe")  # of this call alone: others may be at it beside us
+            probe.mkdir()
+            probe.rmdir()
         except OSError:
             return make(scratch)
         try:
