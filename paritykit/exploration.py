@@ -89,8 +89,8 @@ class _Search:
         told = f"the worst of {self.tried} workloads"
         findings = [msgspec.structs.replace(f, message=f.message or told) for f in found]
         skipped = list({(u.point, u.reason): u for a in self._answers for u in a.coverage.skipped}.values())
-        points = len(findings) + len(skipped)
-        coverage = Coverage(check=self._check.name, points=points, compared=len(findings), skipped=skipped)
+        compared = len(findings)
+        coverage = Coverage(check=self._check.name, points=compared, compared=compared, skipped=skipped)
         return Answer(coverage=coverage, findings=findings)
 
     def _bench(self, cases: list[Case], *, points: tuple[str, ...] | None) -> AbstractContextManager[Laboratory]:

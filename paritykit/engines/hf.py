@@ -47,12 +47,6 @@ def other_meaning(module: nn.Module) -> str:
     return ""
 
 
-def experts_per_token(config: Mapping[str, Any]) -> int:
-    """How many experts a token goes to, those with the largest router logits; 0 where that is not the rule."""
-    plain = not config.get("n_group") and config.get("topk_method", "greedy") == "greedy"
-    return int(config.get("num_experts_per_tok") or config.get("top_k_experts") or 0) if plain else 0
-
-
 class HFEngine:
     """``engine("hf", MODEL, dtype="float32")``: any ``AutoModelForCausalLM``.
 
@@ -177,7 +171,6 @@ class HFEngine:
             "meanings": {n: why for n, m in self._model.named_modules() if (why := other_meaning(m))},
             "routers": {n: count for n, m in self._model.named_modules() if (count := experts_chosen(m))},
             "head": next((n for n, m in self._model.named_modules() if m is head), ""),
-            "experts_per_token": experts_per_token(self.checkpoint.text_config),
         }
 
 

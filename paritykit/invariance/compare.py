@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,16 +15,15 @@ from paritykit.captures.reader import Capture
 from paritykit.checks.base import LOGITS
 from paritykit.comparison.align import Stretch, overlaps, rule_rows, stretches
 from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices, logits_within
-from paritykit.comparison.judge import finding_from, ranges
-from paritykit.comparison.metrics import Meter
-from paritykit.comparison.routing import Rerouted, Router, Rows, trace_flips
-from paritykit.comparison.tolerance import ROUNDING, Tolerance, coarser
+from paritykit.comparison.judge import finding_from, judge, ranges
+from paritykit.comparison.metrics import Meter, measure
+from paritykit.comparison.routing import Rerouted, Router, Rows, judge_around, trace_flips
+from paritykit.comparison.tolerance import Tolerance, is_half
 from paritykit.diagnose.locate import Graph, locate
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.rules import Rule
 from paritykit.results import Finding, Unmatched
 
-HALF = frozenset(d for d, step in ROUNDING.items() if step > ROUNDING["float32"])
 Allow = Callable[[tuple[str, str], int], Tolerance]
 """The tolerance for the dtypes of a point, at this place in execution order."""
 
@@ -70,7 +69,7 @@ class Scene:
     @cached_property
     def rerouted(self) -> Rerouted:
         """Tokens that the two runs sent to other experts, explained by the measured error."""
-        return trace_flips(self.routers, self.rows, self.allowed)
+        return trace_flips(self.routers, self)
 
     def rows(self, key: str) -> Rows | None:
         """Both runs' rows of a point, at the positions that both computed; None where one does not show it."""
@@ -81,6 +80,21 @@ class Scene:
             return None
         left, right = (torch.cat([v.rows(key, c, *span) for span in spans]) for v, c in self.sides())
         return Rows([p for span in spans for p in range(*span)], left, right)
+
+    def sound(self, key: str, rows: Rows) -> Sequence[bool]:
+        """All of these rows if they are within tolerance together, otherwise none."""
+        within = judge(measure(rows.left, rows.right), self.allowed(key))[0] == "pass"
+        return [within] * len(rows.positions)
+
+    def same(self, key: str, rows: Rows) -> Sequence[bool]:
+        """For each of these rows whether it is as near as a whole point has to be."""
+        limit = self.allowed(key).whole
+        return [error <= limit for error in measure(rows.left, rows.right).row_rel_l2]
+
+    @property
+    def half(self) -> bool:
+        """Whether the runs compute in fewer bits than float32."""
+        return is_half(self.base.capture.manifest.side.dtype)
 
     def sides(self) -> Iterator[tuple[View, str]]:
         """Each view with its own case."""
@@ -107,7 +121,7 @@ def compare_views(scene: Scene) -> list[Finding]:
 
 
 def _point(scene: Scene, key: str) -> Finding | None:
-    """The finding of one point; rows behind an expert flip do not fail, and are told of where they differ."""
+    """The finding of one point."""
     order = scene.graph.order(key)
     ours, theirs = (view.stretches(key, case) for view, case in scene.sides())
     wanted = sum(end - start for start, end in ours)
@@ -119,15 +133,9 @@ def _point(scene: Scene, key: str) -> Finding | None:
         return Finding(check=scene.check, case=scene.cases[0], point=key, verdict="error", order=order, message=message)
     if not places:
         return None
-    reached = scene.rerouted.reached(places, order=order)
-    finding = _measured(scene, key, [p for p in places if p not in reached]) if len(reached) < len(places) else None
-    if finding is not None and (finding.verdict == "fail" or not reached):
-        return _softened(scene, finding)
-    behind = _measured(scene, key, sorted(reached))
-    if behind.verdict != "fail":
-        return finding or behind
-    told = f"{len(reached)} of {len(places)} positions are behind an {scene.rerouted.describe(order=order)}"
-    return msgspec.structs.replace(finding or behind, verdict="inconclusive", message=told)
+    return judge_around(
+        scene.rerouted, places, order=order, half=scene.half, judged=lambda some: _measured(scene, key, some)
+    )
 
 
 def _measured(scene: Scene, key: str, places: list[int]) -> Finding:
@@ -151,15 +159,6 @@ def _measured(scene: Scene, key: str, places: list[int]) -> Finding:
     )
 
 
-def _softened(scene: Scene, finding: Finding) -> Finding:
-    """Inconclusive where it fails in half precision behind a router whose choice is not known."""
-    opaque = scene.rerouted.behind_opaque(finding.order) and coarser(finding.dtypes or ("", "")) in HALF
-    if finding.verdict != "fail" or not opaque or finding.metric == "nonfinite_mismatch":
-        return finding
-    text = f"behind {scene.rerouted.opaque}, whose choice of experts is not known: near-ties may flip in half precision"
-    return msgspec.structs.replace(finding, verdict="inconclusive", failing=[], message=text)
-
-
 def compare_tokens(scene: Scene) -> Finding | None:
     """Whether both runs chose the same tokens; where they differ, whether the measured logit error explains it."""
     ours, theirs = (view.capture.generated(case) for view, case in scene.sides())
@@ -176,27 +175,20 @@ def compare_tokens(scene: Scene) -> Finding | None:
         return choice_at(step, tokens, (left, right), sound=logits_within((left, right), scene.allowed(LOGITS)))
 
     flips, text = compare_choices(ours, theirs, weigh, sides=("one run", "the other"), stop=True)
+    prompt = len(scene.base.capture.cases[scene.cases[0]].tokens)
+    places = [prompt - 1 + choice.step for choice in flips]
+    order = scene.graph.order(LOGITS)
     found = choice_finding(
         check=scene.check,
         case=scene.cases[0],
         point="#tokens",
-        order=scene.graph.order(LOGITS) + 1,
+        order=order + 1,
         flips=len(flips),
         total=length,
         message=scene.told(text),
+        excuse=scene.rerouted.excuse(places, order=order, half=scene.half),
     )
-    if found.verdict == "fail" and _choice_explained(scene, flips[0].step):
-        found = msgspec.structs.replace(
-            found, verdict="inconclusive", message=f"{found.message}; behind an expert flip"
-        )
     return msgspec.structs.replace(found, condition=scene.condition)
-
-
-def _choice_explained(scene: Scene, step: int) -> bool:
-    """Whether the logits of a choice are behind an expert flip, or a router whose choice is not known."""
-    place, order = len(scene.base.capture.cases[scene.cases[0]].tokens) - 1 + step, scene.graph.order(LOGITS)
-    opaque = scene.rerouted.behind_opaque(order) and scene.base.capture.manifest.side.dtype in HALF
-    return opaque or bool(scene.rerouted.reached([place], order=order))
 
 
 def left_out(base: View, varied: View) -> list[Unmatched]:

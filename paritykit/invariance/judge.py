@@ -48,7 +48,7 @@ def judge_property(laboratory: Laboratory, name: str, *, only: Arguments | None 
         findings += found
         if laboratory.brief and any(f.verdict == "fail" for f in found):
             break
-    empty = Coverage(check=name, points=len(skipped), compared=0, skipped=skipped)
+    empty = Coverage(check=name, points=0, compared=0, skipped=skipped)
     return add_findings(Answer(coverage=empty, findings=[]), findings)
 
 
@@ -68,9 +68,7 @@ def add_findings(answer: Answer, more: Iterable[Finding]) -> Answer:
         _keep(kept, finding)
     compared = {point for _, point in kept}
     skipped = [m for m in answer.coverage.skipped if m.point not in compared]
-    coverage = msgspec.structs.replace(
-        answer.coverage, points=len(compared) + len(skipped), compared=len(compared), skipped=skipped
-    )
+    coverage = msgspec.structs.replace(answer.coverage, points=len(compared), compared=len(compared), skipped=skipped)
     return Answer(coverage=coverage, findings=sorted(kept.values(), key=lambda f: (f.case, f.order)))
 
 
@@ -145,7 +143,7 @@ def _keep(kept: dict[tuple[str, str], Finding], new: Finding) -> None:
         kept[key] = new
         return
     worse, other = (new, old) if badness(new) > badness(old) else (old, new)
-    if other.verdict == worse.verdict == "fail":
+    if other.verdict == worse.verdict == "fail" and other.message != worse.message:
         worse = msgspec.structs.replace(worse, message=f"{worse.message}; also {other.message}".strip("; "))
     kept[key] = worse
 

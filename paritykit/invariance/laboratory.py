@@ -164,9 +164,20 @@ class Laboratory:
             return self._own()
         if self._pool is None:
             raise UsageError("this engine cannot be started again with other arguments")
-        return self._pool.get(arguments)
+        engine = self._pool.get(arguments)
+        check_taken(arguments, engine)
+        return engine
 
     def _differing(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that are not the engine's own already."""
         own = {**self.args, **{k: str(v) for k, v in self.parallel.items()}}
         return {k: v for k, v in sorted(arguments.items()) if own.get(k) != str(v)}
+
+
+def check_taken(arguments: Mapping[str, Any], engine: Engine) -> None:
+    """Raise UsageError where an engine says that it runs otherwise than it was asked to."""
+    side = engine.describe()
+    told = {**side.args, **{k: str(v) for k, v in side.parallel.items()}}
+    other = [f"{k}={told[k]}, not {v}" for k, v in arguments.items() if told.get(k, str(v)) != str(v)]
+    if other:
+        raise UsageError(f"engine {side.engine} runs this model with {', '.join(other)}")

@@ -84,7 +84,7 @@ def prefix_cache(bench: Bench) -> Iterator[Twins | Skipped]:
             yield _twins(base, name, alone([warm, case]), arguments=arguments, partial=True)
         if len(case.tokens) > 2 * block:
             first = _earlier(case, "first", case.tokens[:block])
-            second = _earlier(case, "second", _other(case.tokens))
+            second = _earlier(case, "second", _other(case.tokens, count=block))
             name = "after its first block, and its others behind another one"
             yield _twins(base, name, alone([first, second, case]), arguments=arguments, partial=True)
 
@@ -105,9 +105,9 @@ def shared_lengths(length: int, block: int) -> list[int]:
     return list(dict.fromkeys(n for n in found if 0 < n <= length))
 
 
-def _other(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens of which the first is another."""
-    return (tokens[0] - 1 if tokens[0] else 1, *tokens[1:]) if tokens else ()
+def _other(tokens: tuple[int, ...], *, count: int = 1) -> tuple[int, ...]:
+    """Tokens of which the first so many are others: all that a later block can see of the one before, in any window."""
+    return (*(t - 1 if t else 1 for t in tokens[:count]), *tokens[count:])
 
 
 def decode_prefill(bench: Bench) -> Iterator[Twins | Skipped]:

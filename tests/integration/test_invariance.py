@@ -181,3 +181,11 @@ def test_an_engine_that_cannot_be_started_again_skips_with_a_reason() -> None:
             "this engine cannot be started again with other arguments"
         }
         assert vary(ran, "repeat").findings
+
+
+def test_a_block_behind_another_one_differs_from_it_beyond_any_window(session: Callable[..., Session]) -> None:
+    """In two layers of Gemma 3 nothing is seen of the 32nd position before: the first of the block before this one."""
+    fault = FAULTS.get("prefix-hash-ignores-parent")
+    cases = fault.when.cases(vocab_size=VOCABULARY)[-1:]
+    ran = session(model_of("gemma3"), cases=cases, block_size=32, **fault.arguments())
+    assert failing(vary(ran, "prefix_cache"))

@@ -46,3 +46,7 @@ def test_latent_attention_maps(bench: Bench, tmp_path: Path, kind: str) -> None:
     assert introduced <= {f"model.layers.{n}.self_attn" for n in range(3)}
     shown = next(f for f in results.findings if f.point == first.seen_at and f.case == "long-40")
     assert shown.failing[0][0] == 1
+    if kind == "deepseek_v2":
+        (cause, *_) = results.summary.causes
+        assert (cause.name, cause.confidence > 0.9) == ("position-shift", True)
+        assert "at the distance of heads in memory" in cause.evidence

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import paritykit as pk
 from paritykit import strategies
 from paritykit.captures.manifest import Segment
+from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks import CHECKS, INVARIANCES
 from paritykit.checks.base import Answer, InvarianceCheck
@@ -22,14 +23,18 @@ from paritykit.comparison.align import overlaps
 from paritykit.comparison.judge import judge
 from paritykit.comparison.metrics import measure
 from paritykit.diagnose.locate import Graph
+from paritykit.engines.hf import HFEngine
+from paritykit.engines.nano.engine import NanoEngine
 from paritykit.errors import EngineError, UnknownNameError
 from paritykit.invariance.bound import EXACT, reordering
 from paritykit.invariance.compare import Scene, View, compare_tokens, compare_views
-from paritykit.invariance.judge import add_findings
+from paritykit.invariance.judge import add_findings, judge_property
+from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.pool import EnginePool
 from paritykit.invariance.properties import PROPERTIES, shared_lengths
 from paritykit.invariance.trial import Skipped, Trial, Twins
 from paritykit.results import Coverage
+from paritykit.testing import tiny_model
 from tests.made import finding, manifest, write_capture
 
 EVERYTHING = frozenset(
@@ -273,6 +278,35 @@ def test_engines_are_shared_replaced_and_closed() -> None:
         "close",
     ]
     assert pool.starts == {"a=1, b=2": 2, "a=3": 1}
+
+
+class Stubborn(NanoEngine):
+    """Overrides what it is asked, as engines do, and says how it runs."""
+
+    def __init__(self, model: str, **arguments: Any) -> None:
+        super().__init__(model, **{**arguments, **({"block_size": 16} if "block_size" in arguments else {})})
+
+
+@pytest.mark.parametrize("kind", [NanoEngine, Stubborn])
+def test_a_condition_that_the_engine_overrides_was_not_tried(tmp_path: Path, kind: type[NanoEngine]) -> None:
+    model = str(tiny_model("qwen2"))
+    engine, reference = NanoEngine(model), HFEngine(model)
+    cases = pk.cases("len-9+2").resolve(vocab_size=499)
+    for opened in (engine, reference):
+        opened.open()
+    capture = reference.run(cases, points=Selection(), out=tmp_path / "reference")
+    pool = EnginePool(lambda arguments: kind(model, **arguments))
+    laboratory = Laboratory(
+        own=lambda: engine, pool=pool, reference=lambda: capture.manifest, cases=cases, folder=tmp_path
+    )
+    answer = judge_property(laboratory, "kv_cache", only={"block_size": 3})
+    reasons = {u.point: u.reason for u in answer.coverage.skipped}
+    if kind is Stubborn:
+        assert reasons["block_size 3"] == "engine nano runs this model with block_size=16, not 3"
+        assert not answer.findings
+    else:
+        assert "block_size 3" not in reasons
+        assert {f.verdict for f in answer.findings} == {"pass"}
 
 
 @given(strategies.workloads(block_size=16, window=8, chunk=7))

@@ -143,11 +143,11 @@ def test_only_what_is_wrong_on_several_ranks_alone_is_told() -> None:
 class Closed:
     """An engine of which only the ledger is asked for."""
 
-    def __init__(self, capabilities: frozenset[str]) -> None:
-        self.capabilities = capabilities
+    def __init__(self, capabilities: frozenset[str], ranks: int = 1) -> None:
+        self.capabilities, self.ranks = capabilities, ranks
 
     def describe(self) -> Any:
-        return SimpleNamespace(args={}, parallel={"tensor_parallel_size": 1}, engine="closed")
+        return SimpleNamespace(args={}, parallel={"tensor_parallel_size": self.ranks}, engine="closed")
 
     def open(self) -> None:
         """It is."""
@@ -157,8 +157,8 @@ class Closed:
 
 
 def desk(tmp_path: Path, capabilities: set[str], judge: Any) -> Laboratory:
-    engine = Closed(frozenset(capabilities))
-    pool = EnginePool(lambda _: engine)  # type: ignore[arg-type, return-value]
+    engine, two = Closed(frozenset(capabilities)), Closed(frozenset(capabilities), ranks=2)
+    pool = EnginePool(lambda _: two)  # type: ignore[arg-type, return-value]
     return Laboratory(
         own=lambda: engine,  # type: ignore[arg-type, return-value]
         pool=pool,

@@ -25,8 +25,10 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.stages import merge_facts
 from paritykit.engines.strays import cache_facts
+from paritykit.engines.vllm.arguments import effective_arguments
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
+from paritykit.engines.vllm.warm import warm_ranks
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
@@ -34,11 +36,12 @@ from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
 SHORT, LONG = "/tmp", 60  # noqa: S108
-"""vLLM's sockets lie in the temporary folder, and their paths may not be longer than 107 characters."""
+"""Sockets of vLLM and multiprocessing lie in the temporary folder; paths may not be longer than 107 characters."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -169,13 +172,6 @@ class VllmEngine:
         import torch
 
         config = self._llm.llm_engine.vllm_config
-        shown = {
-            "block_size": config.cache_config.block_size,
-            "enable_prefix_caching": config.cache_config.enable_prefix_caching,
-            "max_model_len": config.model_config.max_model_len,
-            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
-        }
         return Side(
             engine="vllm",
             model=str(self.checkpoint.path),
@@ -185,7 +181,7 @@ class VllmEngine:
             attention_backend=", ".join(self._facts[0]["attention"]) if self._facts else "",
             parallel={"tensor_parallel_size": self._ranks, "pipeline_parallel_size": self._stages},
             versions={"vllm": import_vllm().__version__, "torch": str(torch.__version__)},
-            args={k: str(v) for k, v in {**shown, **self._arguments}.items()},
+            args={k: str(v) for k, v in effective_arguments(config, self._arguments).items()},
         )
 
     def ledger(self) -> list[RankLedger]:
@@ -279,8 +275,6 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         if len(tempfile.gettempdir()) > LONG and os.access(SHORT, os.W_OK):
             os.environ.setdefault("VLLM_RPC_BASE_PATH", SHORT)
-        if self._ranks * self._stages == 1:
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
     def _check_arguments(self, vllm: Any) -> None:
         known = [f.name for f in dataclasses.fields(vllm.EngineArgs)]
@@ -290,6 +284,8 @@ class VllmEngine:
         ranks = self._ranks * self._stages
         if vllm.platforms.current_platform.is_cpu() and ranks > 1:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(r) for r in range(ranks)))
+            if len(tempfile.gettempdir()) <= LONG:
+                warm_ranks()
 
     def _all_arguments(self) -> dict[str, Any]:
         from vllm.platforms import current_platform

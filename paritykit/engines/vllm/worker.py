@@ -23,12 +23,15 @@ from paritykit.engines.vllm.kv import CacheReader
 from paritykit.engines.vllm.loader import LEDGERS
 from paritykit.engines.vllm.orders import CASE_KEY, Orders, Outcome
 from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
+from paritykit.engines.vllm.shared import forget_names
 from paritykit.engines.vllm.watch import CacheWatch
 from paritykit.errors import EngineError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
 from paritykit.registry import load_attribute
 
 HEAD = "lm_head"
+NOTHING = object()
+"""In place of an attribute that an object had not of its own."""
 
 
 class ParityWorker:
@@ -39,6 +42,7 @@ class ParityWorker:
 
     def parity_describe(self, names: bytes) -> bytes:
         """Module facts of this rank, with where the declared loading rules send each checkpoint tensor name."""
+        forget_names()
         model = self.model_runner.model
         declared = declared_names(model, msgspec.json.decode(names))
         facts = {**module_facts(model), "names": declared, "head": HEAD, "device": describe_device(model)}
@@ -96,7 +100,7 @@ class _Session:
         self._chosen: list[list[int]] = [[] for _ in orders.cases]
         self._caches = CacheReader()
         self._watch = CacheWatch(runner, rank=rank, reader=self._caches) if watched else None
-        self._undo: list[tuple[Any, str]] = []
+        self._undo: list[tuple[Any, str, Any]] = []
         self._selection = Selection(orders.points)
         feed, ids = orders.feed, [c.id for c in orders.cases]
         self._feeder = None if feed is None else Feeder(feed, rank=rank, cases=ids)
@@ -121,8 +125,8 @@ class _Session:
         self._recorder.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        for owner, name in self._undo:
-            delattr(owner, name)
+        for owner, name, before in reversed(self._undo):
+            delattr(owner, name) if before is NOTHING else setattr(owner, name, before)
         error = self._recorder.error
         try:
             part = self._part.finish() if error is None else Part()
@@ -137,8 +141,9 @@ class _Session:
         )
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:
+        """Set it on the object itself, where somebody else may have done so before."""
+        self._undo.append((owner, name, vars(owner).get(name, NOTHING)))
         setattr(owner, name, value)
-        self._undo.append((owner, name))
 
     def _wrap_unhookable(self) -> None:
         """Hooks never fire on a class with a ``__call__`` of its own, nor on the head: wrap their functions."""
