@@ -61,7 +61,7 @@ def floor_of(truth: Capture, twin: Capture) -> FloorFile:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         truth=_without_place(truth),
         twin=_without_place(twin),
-        cases={c: _digest(twin, c) for c in twin.cases},
+        cases={c: _digest(twin, c) for c in truth.cases},
         floors=floors,
     )
 

@@ -16,6 +16,7 @@ import msgspec
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.twin import read_at_once
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError
@@ -72,12 +73,15 @@ class Reference:
 
     @cached_property
     def twin_capture(self) -> Capture | None:
-        """The reference again, in the candidate's dtype and fed the same tokens; None where there is no twin."""
+        """The reference again, in the candidate's dtype and fed the same tokens; None where there is no twin.
+
+        What it decodes for the most part it also reads at once, see ``comparison.twin``.
+        """
         truth = self.capture
         if self.twin is None:
             return None
         forced = [c.force(truth.continuation(c.id)) for c in self.cases]
-        found = self._take(self.twin, forced, "twin")
+        found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin")
         if self.host is not None:
             self.host.stop()
         return found

@@ -45,6 +45,7 @@ from paritykit.records import assemble, case_infos, checkpoint_side, explain_fin
 from paritykit.reference import Reference, Role
 from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
+from paritykit.routed import Routed
 
 
 class Session:
@@ -174,13 +175,20 @@ class Session:
         )
 
     def explained(self, findings: list[Finding]) -> list[Finding]:
-        """``findings`` with local errors where they fail, and the causes of the first; as they are if not wanted."""
+        """``findings`` with a verdict behind expert flips; where they fail with local errors and causes, if wanted."""
+        if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
+            findings = self._routed.settle(findings)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
             return findings
         if "subject" not in self.__dict__:
             return explain_findings(findings, subject=None, checkpoint=self._checkpoint)
         local = self._replays.explain(findings)
         return explain_findings(local, subject=self.subject, checkpoint=self._checkpoint)
+
+    @cached_property
+    def _routed(self) -> Routed:
+        folder = Path(self._folder.name)
+        return Routed(self.subject, self._opened_candidate(), folder=folder, progress=self._progress)
 
     @cached_property
     def _replays(self) -> Replays:
@@ -281,7 +289,7 @@ class Session:
     def _candidate_side(self, checks: list[str]) -> Side:
         if "candidate" in self.__dict__:
             return self.candidate.manifest.side
-        alone = all(isinstance(CHECKS.get(name), ReferenceCheck) for name in checks)
+        alone = bool(checks) and all(isinstance(CHECKS.get(name), ReferenceCheck) for name in checks)
         twin = self._reference.twin_capture if alone else None
         return twin.manifest.side if twin is not None else self._opened_candidate().describe()
 
@@ -420,15 +428,26 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
-    if engine is not None and any(f.verdict == "fail" for f in findings):
-        try:
-            engine.open()
-            findings = Replays(subject, engine, progress=progress).explain(findings)
-        finally:
-            engine.close()
+    if engine is not None:
+        findings = _looked_into(findings, subject, engine, progress=progress)
     findings = explain_findings(findings, subject=subject) if explain else findings
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
+
+
+def _looked_into(
+    findings: list[Finding], subject: Subject, engine: Engine, *, progress: Progress | None
+) -> list[Finding]:
+    """``findings`` with a verdict behind expert flips, and with local errors where they fail, by runs of ``engine``."""
+    with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
+        routed = Routed(subject, engine, folder=Path(folder), progress=progress)
+        if not routed.wants(findings) and all(f.verdict != "fail" for f in findings):
+            return findings
+        try:
+            engine.open()
+            return Replays(subject, engine, progress=progress).explain(routed.settle(findings))
+        finally:
+            engine.close()
 
 
 def check_same_tokens(reference: Capture, candidate: Capture) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from paritykit.comparison.policy import Policy, find_policy
-from paritykit.comparison.tolerance import Tolerance, coarser, flat, tolerance_for
+from paritykit.comparison.tolerance import Tolerance, coarser, flat, is_half, tolerance_for
 from paritykit.diagnose.locate import Graph
 from paritykit.ledger.subject import WeightSubject
 from paritykit.results import Coverage, Finding, WeightRow
@@ -17,8 +17,10 @@ from paritykit.results import Coverage, Finding, WeightRow
 if TYPE_CHECKING:
     from paritykit.audit.notice import Audit
     from paritykit.captures.reader import Capture
+    from paritykit.comparison.routing import Rerouted
     from paritykit.errors import EngineError
     from paritykit.mapping.build import Mapping
+    from paritykit.mapping.rules import Rule
 
 LOGITS = "#logits"
 
@@ -55,34 +57,37 @@ class Subject:
         self._policies = policies or []
         self.twin, self._no_floor = _fitting(twin, candidate, no_floor)
         self.twin_errors: dict[str, float] = {}
-        self.flips: dict[str, list[Any]] = {}
+        self.flips: dict[str, Rerouted] = {}
+
+    def again(self, candidate: Capture, *, flips: dict[str, Rerouted] | None = None) -> Subject:
+        """The same beside another capture of the candidate, not left alone; ``flips`` if they are known."""
+        found = Subject(
+            reference=self.reference,
+            candidate=candidate,
+            mapping=self.mapping,
+            tolerance=self.tolerance,
+            tolerance_source=self.tolerance_source,
+            twin=self.twin,
+            no_floor=self._no_floor,
+            policies=self._policies,
+        )
+        found.flips, found.twin_errors = flips or {}, self.twin_errors
+        return found
 
     @cached_property
     def graph(self) -> Graph:
         """The reference's execution order and who fed whom."""
         return Graph(self.reference.manifest)
 
-    @cached_property
-    def routers(self) -> set[str]:
-        """The points that are router logits of a mixture of experts."""
-        return {p.key for p in self.reference.manifest.points if "Router" in p.kind and not p.port}
-
-    @cached_property
-    def routed_from(self) -> int | None:
-        """Execution order of the reference's first MoE router; None in a dense model."""
-        return min((self.graph.order(key) for key in self.routers), default=None)
-
-    @property
-    def experts_per_token(self) -> int | None:
-        """How many experts a token goes to, those with the largest router logits; None where that is not the rule."""
-        found = self.reference.manifest.facts.get("experts_per_token")
-        return int(found) if found else None
+    def dtypes(self, rule: Rule) -> tuple[str, str]:
+        """The dtypes of a rule's point, the reference's first."""
+        return self.reference.point(rule.reference).dtype, self.candidate.point(rule.candidate).dtype
 
     @property
     def half_precision(self) -> bool:
         """Whether a side computes in fewer bits than float32."""
         sides = (self.reference.manifest.side, self.candidate.manifest.side)
-        return any(s.dtype not in ("float32", "float64") for s in sides)
+        return any(is_half(s.dtype) for s in sides)
 
     def allowed(self, dtypes: tuple[str, str], *, order: int, policy: Policy | None = None) -> Tolerance:
         """The tolerance of a point with these dtypes, at this place in execution order, where no floor judges it."""

@@ -17,7 +17,7 @@ from paritykit.comparison.metrics import Meter
 from paritykit.comparison.noise import Noise
 from paritykit.comparison.policy import Policy
 from paritykit.comparison.spread import SpreadMeter
-from paritykit.comparison.twin import twin_error
+from paritykit.comparison.twin import twin_cases, twin_error
 from paritykit.mapping.rules import Rule
 from paritykit.results import Finding
 
@@ -33,20 +33,23 @@ class FloorMeter:
 
     def __init__(self, twin: Capture | None, *, point: str, case: str) -> None:
         self._twin, self._point, self._case = twin, point, case
-        self._meter = SpreadMeter()
+        self._meters = {} if twin is None else {name: SpreadMeter() for name in twin_cases(twin, case)}
 
     def update(self, position: int, truth: torch.Tensor, candidate: torch.Tensor) -> None:
         """Rows from ``position`` on, ``[tokens, features]`` each."""
-        if self._twin is not None:
-            rows = own_rows(self._twin, self._point, self._case, position, len(truth))
+        assert self._twin is not None or not self._meters
+        for name, meter in list(self._meters.items()):
+            rows = None if self._twin is None else own_rows(self._twin, self._point, name, position, len(truth))
             if rows is None or rows.shape != truth.shape:
-                self._twin = None
+                del self._meters[name]
             else:
-                self._meter.update(truth, rows, candidate)
+                meter.update(truth, rows, candidate)
 
     def result(self) -> Noise | None:
-        """The noise; None where there is no twin, or it lacks this point or some of its rows."""
-        return self._meter.result() if self._twin is not None else None
+        """The noise, by the way of the twin that has most; None where it lacks this point or some of its rows."""
+        if self._case not in self._meters:
+            return None
+        return max((m.result() for m in self._meters.values()), key=lambda noise: noise.twin.whole)
 
 
 def judge_point(
@@ -101,9 +104,14 @@ def pooled_floor(subject: Subject, key: str) -> float:
     return max(_over_cases(subject, key), min(neighbours) if len(neighbours) == 2 else 0.0)
 
 
-def sound_positions(subject: Subject, rule: Rule, case: str, *, check: str = "modules") -> dict[int, bool]:
-    """For each position whether the candidate's error there is no more than it may be of a single one."""
-    dtypes = (subject.reference.point(rule.reference).dtype, subject.candidate.point(rule.candidate).dtype)
+def sound_positions(
+    subject: Subject, rule: Rule, case: str, *, check: str = "modules", alone: bool = True
+) -> dict[int, bool]:
+    """For each position whether the candidate's error there is no more than it may be of a single one.
+
+    Not ``alone``: than it may be of all together, which leaves less to chance.
+    """
+    dtypes = subject.dtypes(rule)
     policy = subject.policy(rule.reference, dtypes, check=check)
     meter, places = Meter(), list[int]()
     floor = FloorMeter(subject.twin if subject.floor_judges(dtypes, policy) else None, point=rule.reference, case=case)
@@ -113,11 +121,13 @@ def sound_positions(subject: Subject, rule: Rule, case: str, *, check: str = "mo
         places += range(position, position + len(left))
     noise = floor.result()
     if noise is None:
-        allowed = subject.allowed(dtypes, order=subject.graph.order(rule.reference), policy=policy).position
-        far = [not error <= allowed for error in meter.result().row_rel_l2]
+        allowed = subject.allowed(dtypes, order=subject.graph.order(rule.reference), policy=policy)
+        limit = allowed.position if alone else allowed.whole
+        far = [not error <= limit for error in meter.result().row_rel_l2]
     else:
         factor = FACTOR if policy is None or policy.factor is None else policy.factor
-        far = beyond_floor(noise, dtype=dtypes[1], factor=factor * chance(min(noise.features, DEGREES)))
+        luck = chance(min(noise.features, DEGREES)) if alone else 1.0
+        far = beyond_floor(noise, dtype=dtypes[1], factor=factor * luck)
     return {place: not beyond for place, beyond in zip(places, far, strict=True)}
 
 

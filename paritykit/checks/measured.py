@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 
+import msgspec
+
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import Subject
 from paritykit.checks.floors import FloorMeter, judge_point, name_reference
-from paritykit.checks.routing import soften
-from paritykit.comparison.align import pairs
-from paritykit.comparison.judge import finding_from
+from paritykit.checks.routing import find_flips
+from paritykit.comparison.align import pairs, shared_places
+from paritykit.comparison.floor import Judged
+from paritykit.comparison.judge import finding_from, judge
 from paritykit.comparison.metrics import Meter
+from paritykit.comparison.routing import judge_around
+from paritykit.comparison.tolerance import coarser
 from paritykit.mapping.rules import Rule
 from paritykit.results import Finding
 
@@ -19,22 +24,12 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str, depth:
     """The finding for one rule and case.
 
     ``depth`` is how many points were computed since the input was right, the point's place in execution order if None.
+    Such a local error is held against the noise floor, and against the table's number for so many points too: a floor
+    that grew over all points before is no measure of a few.
     Verdict ``error`` where the candidate lacks rows that the reference has, ``skip`` where the reference has none.
     """
-    reference, candidate = subject.reference, subject.candidate
-    ours, theirs = reference.point(rule.reference), candidate.point(rule.candidate)
-    dtypes = (ours.dtype, theirs.dtype)
-    order = subject.graph.order(rule.reference)
-    policy = subject.policy(rule.reference, dtypes, check=check)
-    allowed = subject.allowed(dtypes, order=order if depth is None else depth, policy=policy)
-    twin = subject.twin if depth is None and subject.floor_judges(dtypes, policy) else None
-    meter, places = Meter(element_tolerance=allowed.whole), list[int]()
-    floor = FloorMeter(twin, point=rule.reference, case=case)
-    for position, left, right in pairs(rule, reference, candidate, case):
-        meter.update(left, right)
-        floor.update(position, left, right)
-        places += range(position, position + left.shape[0])
-    wanted = wanted_rows(subject, rule, case, found=places)
+    places = shared_places(rule, subject.reference, subject.candidate, case)
+    wanted, order = wanted_rows(subject, rule, case, found=places), subject.graph.order(rule.reference)
     if len(places) != wanted or not wanted:
         return Finding(
             check=check,
@@ -48,22 +43,47 @@ def measure_point(subject: Subject, rule: Rule, case: str, *, check: str, depth:
             if wanted
             else "the reference did not run it in this case",
         )
+    return judge_around(
+        find_flips(subject, case),
+        places,
+        order=order,
+        half=subject.half_precision,
+        judged=lambda some: _measured(subject, rule, case, some, check=check, depth=depth),
+        after=-1 if depth is None else order - depth,
+    )
+
+
+def _measured(subject: Subject, rule: Rule, case: str, places: list[int], *, check: str, depth: int | None) -> Finding:
+    """The finding of these positions, which both sides have."""
+    order, dtypes = subject.graph.order(rule.reference), subject.dtypes(rule)
+    policy = subject.policy(rule.reference, dtypes, check=check)
+    allowed = subject.allowed(dtypes, order=order if depth is None else depth, policy=policy)
+    twin = subject.twin if subject.floor_judges(dtypes, policy) else None
+    meter = Meter(element_tolerance=allowed.whole)
+    floor = FloorMeter(twin, point=rule.reference, case=case)
+    for position, left, right in pairs(rule, subject.reference, subject.candidate, case, only=places):
+        meter.update(left, right)
+        floor.update(position, left, right)
     measured, noise = meter.result(), floor.result()
+    ruled = allowed if noise is None else judge_point(subject, rule, measured, noise, policy=policy)
+    if depth is not None and isinstance(ruled, Judged) and ruled.verdict == "pass":
+        table = msgspec.structs.replace(allowed, source=f"fallback table, {coarser(dtypes)}, {depth} points on")
+        ruled, noise = (table, None) if judge(measured, table)[0] == "fail" else (ruled, noise)
     finding = finding_from(
         measured,
-        allowed if noise is None else judge_point(subject, rule, measured, noise, policy=policy),
+        ruled,
         noise=noise,
         check=check,
         case=case,
         point=rule.reference,
         order=order,
         places=places,
-        shape=[wanted, math.prod(ours.row)],
+        shape=[len(places), math.prod(subject.reference.point(rule.reference).row)],
         dtypes=dtypes,
         candidate_point=rule.candidate,
         mapping=rule.describe(),
     )
-    return soften(subject, finding if noise is None else name_reference(subject, rule, finding, noise))
+    return finding if noise is None else name_reference(subject, rule, finding, noise)
 
 
 def wanted_rows(subject: Subject, rule: Rule, case: str, *, found: list[int]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from paritykit.checks.base import LOGITS, Check, Subject
 from paritykit.checks.floors import sound_positions
 from paritykit.checks.logits import logits_pair, logits_rule
-from paritykit.checks.routing import soften
+from paritykit.checks.routing import find_flips
 from paritykit.comparison.choices import Choice, choice_at, choice_finding, compare_choices
 from paritykit.results import Coverage, Finding, Unmatched
 
@@ -42,17 +42,19 @@ def _judged(subject: Subject, case: str, point: str, ours: list[int], theirs: li
 
     even = len(ours) == len(theirs)
     flips, text = compare_choices(ours if even else [], theirs, weigh, sides=SIDES, stop=stop)
-    finding = choice_finding(
+    prompt, order = len(subject.reference.cases[case].tokens), subject.graph.order(LOGITS)
+    places = [prompt - 1 + choice.step for choice in flips]
+    return choice_finding(
         check="tokens",
         case=case,
         point=point,
-        order=subject.graph.order(LOGITS) + (2 if point == FREE else 1),
+        order=order + (2 if point == FREE else 1),
         flips=len(flips),
         total=len(ours),
         message=text if even else f"{len(theirs)} new tokens instead of {len(ours)}",
         error=not even,
+        excuse=find_flips(subject, case).excuse(places, order=order, half=subject.half_precision) if flips else "",
     )
-    return soften(subject, finding)
 
 
 def cover(subject: Subject) -> Coverage:

@@ -8,6 +8,7 @@ import torch
 
 from paritykit.captures.manifest import Point
 from paritykit.captures.reader import Capture, Span
+from paritykit.comparison.judge import ranges
 from paritykit.errors import CaptureFormatError
 from paritykit.mapping.rules import Rule
 from paritykit.mapping.transform import ReadRank, apply_rule, flat
@@ -18,14 +19,28 @@ Stretch = tuple[int, int]
 """Consecutive positions: the first, and one past the last."""
 
 
-def pairs(rule: Rule, reference: Capture, candidate: Capture, case: str) -> Iterator[Pair]:
-    """Aligned rows of one point and case, in order of position. Positions that one side lacks are left out."""
+def pairs(
+    rule: Rule, reference: Capture, candidate: Capture, case: str, *, only: Iterable[int] | None = None
+) -> Iterator[Pair]:
+    """Aligned rows of one point and case, in order of position. Positions that one side lacks are left out.
+
+    ``only`` these positions, ascending, if given.
+    """
     ours = reference.spans(reference.point(rule.reference), case)
-    theirs = stretches(candidate.spans(candidate.point(rule.candidate), case))
+    wanted = stretches(candidate.spans(candidate.point(rule.candidate), case))
+    if only is not None:
+        wanted = list(overlaps(wanted, [(first, last + 1) for first, last in ranges(only)]))
     for left in ours:
-        for start, end in overlaps(stretches([left]), theirs):
+        for start, end in overlaps(stretches([left]), wanted):
             rows = rows_of(reference, left, start, end - start)
             yield start, flat(rows), rule_rows(rule, candidate, case, start, end - start)
+
+
+def shared_places(rule: Rule, reference: Capture, candidate: Capture, case: str) -> list[int]:
+    """The positions that ``pairs`` gives."""
+    sides = (reference, rule.reference), (candidate, rule.candidate)
+    ours, theirs = (stretches(side.spans(side.point(key), case)) for side, key in sides)
+    return [p for start, end in overlaps(ours, theirs) for p in range(start, end)]
 
 
 def stretches(spans: Iterable[Span]) -> list[Stretch]:

@@ -69,20 +69,30 @@ def compare_choices(
 
 
 def choice_finding(
-    *, check: str, case: str, point: str, order: int, flips: int, total: int, message: str, error: bool = False
+    *,
+    check: str,
+    case: str,
+    point: str,
+    order: int,
+    flips: int,
+    total: int,
+    message: str,
+    error: bool = False,
+    excuse: str = "",
 ) -> Finding:
-    """The finding of ``total`` choices of which ``flips`` are not explained."""
+    """The finding of ``total`` choices of which ``flips`` are not explained; inconclusive where ``excuse`` says why."""
+    excused = bool(flips and excuse)
     return Finding(
         check=check,
         case=case,
         point=point,
-        verdict="error" if error else "fail" if flips else "pass",
+        verdict="error" if error else "inconclusive" if excused else "fail" if flips else "pass",
         metric="flips",
         value=float(flips),
         allowed=0.0,
         allowed_source="flips beyond the measured logit error",
         order=order,
-        message=message,
+        message=f"{message}; {excuse}" if excused else message,
         metrics={"new_tokens": float(total)},
         mapping="greedy choices, token by token",
     )

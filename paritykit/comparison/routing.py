@@ -1,25 +1,29 @@
 """Tokens that two runs sent to other experts, where the measured error of the router's logits explains it.
 
 A router of a mixture of experts sends each token to the experts of its largest logits. Where two of them are nearly
-equal, an error within tolerance makes the other choice, and everything behind it differs: that token's rows from there
+equal, an error that is allowed makes the other choice, and everything behind it differs: that token's rows from there
 on, and those of later positions from the next attention on. Such a *flip* is no failure, and no parity either: what it
 reaches is inconclusive. All else stays judged.
+
+The margin between experts that were exchanged is never more than twice the error of their logits: the other side's were
+in the other order. So what decides is whether that error is allowed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
 
 from paritykit.captures.manifest import CACHE_PORTS, Manifest, leading_points, point_key
-from paritykit.comparison.judge import judge
-from paritykit.comparison.metrics import measure
-from paritykit.comparison.tolerance import Tolerance
+from paritykit.comparison.judge import ranges
+from paritykit.results import Finding
 
 SHOWN = 3
+LAYER = re.compile(r"(.*?\.\d+)(?:[.#@]|$)")
 
 
 class Router(NamedTuple):
@@ -37,10 +41,14 @@ class Router(NamedTuple):
 
 
 class Flip(msgspec.Struct, frozen=True):
-    """A token that went another way: the left side's margin between the swapped experts, the error of their logits."""
+    """A token that went another way: both sides' experts, the left side's margin between those exchanged, their error.
+
+    Where the experts are the same, two of them are tied, and the choice between these does not show in the logits.
+    """
 
     router: str
     position: int
+    experts: tuple[list[int], list[int]]
     margin: float
     error: float
     order: int
@@ -48,8 +56,10 @@ class Flip(msgspec.Struct, frozen=True):
 
     def describe(self) -> str:
         """The flip in words."""
+        ours, theirs = (", ".join(map(str, side)) for side in self.experts)
+        what = f"experts {theirs} instead of {ours}" if ours != theirs else "a tie"
         return (
-            f"expert flip at position {self.position} in {self.router}, "
+            f"expert flip at position {self.position} in {self.router}: {what}, "
             f"margin {self.margin:.2g} within twice the error {self.error:.2g}"
         )
 
@@ -62,6 +72,19 @@ class Rows(NamedTuple):
     right: torch.Tensor
 
 
+class Sides(Protocol):
+    """Two runs of one case, as far as routing goes."""
+
+    def rows(self, key: str) -> Rows | None:
+        """Both sides of a point, at the positions that both computed; None where one does not show it."""
+
+    def sound(self, key: str, rows: Rows) -> Sequence[bool]:
+        """For each of these rows of a router whether its error is allowed."""
+
+    def same(self, key: str, rows: Rows) -> Sequence[bool]:
+        """For each of these rows whether both sides are the same but for rounding."""
+
+
 class Rerouted(msgspec.Struct):
     """The flips of two runs of one case. ``opaque`` is the first router whose choice is not known, empty for none."""
 
@@ -69,19 +92,38 @@ class Rerouted(msgspec.Struct):
     opaque: str = ""
     opaque_order: int = 0
 
-    def reached(self, positions: Iterable[int], *, order: int) -> set[int]:
-        """Those positions whose rows are behind a flip, in a point at this place in execution order."""
-        own = {f.position for f in self.flips if order > f.order}
-        first = min((f.position for f in self.flips if order > f.reach), default=None)
+    def reached(self, positions: Iterable[int], *, order: int, after: int = -1) -> set[int]:
+        """Those positions whose rows are behind a flip, in a point at this place in execution order.
+
+        Where all that came up to ``after`` was put right, only flips since then count.
+        """
+        flips = [f for f in self.flips if after < f.order]
+        own = {f.position for f in flips if order > f.order}
+        first = min((f.position for f in flips if order > f.reach), default=None)
         return {p for p in positions if p in own or (first is not None and p > first)}
 
     def behind_opaque(self, order: int) -> bool:
         """Whether a point at this place comes after a router whose choice is not known."""
         return bool(self.opaque) and order > self.opaque_order
 
-    def describe(self, *, order: int) -> str:
+    def excuse(self, positions: Iterable[int], *, order: int, half: bool) -> str:
+        """Why these positions, all of them, may differ in a point at this place; empty where nothing says so.
+
+        Behind a router whose choice is not known they may if the runs compute in ``half`` precision.
+        """
+        places = set(positions)
+        if places and places == self.reached(places, order=order):
+            return f"behind an {self.describe(order=order)}"
+        if half and self.behind_opaque(order):
+            return (
+                f"behind {self.opaque}, whose choice of experts is not known: near-ties may flip in half precision; "
+                "--dtype float32 checks the structure"
+            )
+        return ""
+
+    def describe(self, *, order: int, after: int = -1) -> str:
         """The flips that a point at this place is behind, the first few in words."""
-        found = [f for f in self.flips if order > f.order]
+        found = [f for f in self.flips if after < f.order < order]
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         return "; ".join(f.describe() for f in found[:SHOWN]) + more
 
@@ -105,25 +147,30 @@ def find_routers(reference: Manifest) -> list[Router]:
 
 
 def _next_attention(keys: Sequence[str], *, after: int) -> int:
-    """The last point of the next attention that no later position has a part in: what it caches; ``after`` for none."""
+    """The last point of the next attention that no later position has a part in: what it caches.
+
+    The last point of all behind the last layer; ``after`` itself where nothing is known of a next attention.
+    """
     caches = [n for n, k in enumerate(keys) if n > after and k.rpartition("#")[2] in CACHE_PORTS]
     if not caches:
-        return after
+        return len(keys) if _in_last_layer(keys, at=after) else after
     module = keys[caches[0]].partition("#")[0]
     return max(n for n in caches if keys[n].partition("#")[0] == module)
 
 
-def trace_flips(
-    routers: Iterable[Router], rows: Callable[[str], Rows | None], allowed: Callable[[str], Tolerance]
-) -> Rerouted:
+def _in_last_layer(keys: Sequence[str], *, at: int) -> bool:
+    own = LAYER.match(keys[at])
+    return own is not None and {m[1] for k in keys[at:] if (m := LAYER.match(k))} == {own[1]}
+
+
+def trace_flips(routers: Iterable[Router], sides: Sides) -> Rerouted:
     """The flips of two runs of one case, router by router; tokens that an earlier flip reaches are not looked at.
 
-    ``rows(key)`` gives both sides of a point, None where one lacks it; ``allowed(key)`` its tolerance. A router whose
-    logits are not within tolerance excuses nothing.
+    Logits that are further off than they may be excuse nothing.
     """
     found = Rerouted()
     for router in sorted(routers, key=lambda r: r.order):
-        seen = rows(router.key)
+        seen = sides.rows(router.key)
         if not router.chosen or seen is None or seen.left.shape[1] <= router.chosen:
             if not found.opaque:
                 found.opaque, found.opaque_order = router.key, router.order
@@ -132,43 +179,77 @@ def trace_flips(
         keep = [n for n, p in enumerate(seen.positions) if p not in away]
         if keep:
             own = Rows([seen.positions[n] for n in keep], seen.left[keep], seen.right[keep])
-            flips = _flips(router, own, allowed(router.key))
-            found.flips += _showing(flips, router, rows, allowed)
+            found.flips += _showing(_flips(router, own, sides), router, sides)
     return found
 
 
-def _flips(router: Router, rows: Rows, allowed: Tolerance) -> list[Flip]:
-    """Tokens that went or may have gone to other experts, where the logits are within tolerance."""
-    if judge(measure(rows.left, rows.right), allowed)[0] != "pass":
-        return []
+def _flips(router: Router, rows: Rows, sides: Sides) -> list[Flip]:
+    """Tokens that went or may have gone to other experts, where the error of the logits is allowed."""
     left, right = rows.left.double(), rows.right.double()
     ours, theirs = (chosen_experts(x, router.chosen) for x in (left, right))
     tied = boundary(left, router.chosen).eq(0) | boundary(right, router.chosen).eq(0)
-    found = []
-    for row in ((ours != theirs).any(1) | tied).nonzero().flatten().tolist():
-        swapped = ours[row] != theirs[row]
-        margin, error = 0.0, float((left[row] - right[row]).abs().max())
-        if swapped.any():
-            margin = float(left[row][swapped & ours[row]].max() - left[row][swapped & theirs[row]].min())
-            error = float((left[row] - right[row])[swapped].abs().max())
-        if margin <= 2 * error:
-            found.append(Flip(router.key, rows.positions[row], margin, error, router.order, router.reach))
-    return found
+    other = ((ours != theirs).any(1) | tied) & left.isfinite().all(1) & right.isfinite().all(1)
+    sound = sides.sound(router.key, rows) if other.any() else []
+    return [
+        _flip(router, rows.positions[row], (left[row], right[row]), (ours[row], theirs[row]))
+        for row in other.nonzero().flatten().tolist()
+        if sound[row]
+    ]
 
 
-def _showing(
-    flips: list[Flip], router: Router, rows: Callable[[str], Rows | None], allowed: Callable[[str], Tolerance]
-) -> list[Flip]:
+def _flip(
+    router: Router, position: int, logits: tuple[torch.Tensor, torch.Tensor], chosen: tuple[torch.Tensor, torch.Tensor]
+) -> Flip:
+    (left, right), (ours, theirs) = logits, chosen
+    swapped, margin = ours != theirs, 0.0
+    if swapped.any():
+        margin = float(left[swapped & ours].max() - left[swapped & theirs].min())
+    error = (left - right)[swapped if swapped.any() else slice(None)].abs().max()
+    experts = ours.nonzero().flatten().tolist(), theirs.nonzero().flatten().tolist()
+    return Flip(router.key, position, experts, margin, float(error), router.order, router.reach)
+
+
+def _showing(flips: list[Flip], router: Router, sides: Sides) -> list[Flip]:
     """The flips after which the router's block gives another row: the others excuse nothing.
 
-    Where the block is not shown, all that are more than a tie.
+    Where the block is not shown, all that are more than a tie of equal logits.
     """
-    block = rows(router.block) if router.block and flips else None
+    block = sides.rows(router.block) if router.block and flips else None
     if block is None:
         return [f for f in flips if f.margin or f.error]
-    limit, errors = allowed(router.block).whole, measure(block.left, block.right).row_rel_l2
-    other = {p for p, e in zip(block.positions, errors, strict=True) if not e <= limit}
-    return [f for f in flips if f.position in other]
+    same = {p for p, alike in zip(block.positions, sides.same(router.block, block), strict=True) if alike}
+    return [f for f in flips if f.position not in same]
+
+
+def judge_around(
+    rerouted: Rerouted,
+    places: list[int],
+    *,
+    order: int,
+    half: bool,
+    judged: Callable[[list[int]], Finding],
+    after: int = -1,
+) -> Finding:
+    """What ``judged`` finds at ``places`` of a point, or where no flip reaches, if it fails.
+
+    Inconclusive, with the reason, if all that fails is behind a flip. ``order``, ``half`` and ``after``: see
+    ``Rerouted``. A NaN or Inf is excused by nothing.
+    """
+    found = judged(places)
+    if found.verdict != "fail" or found.metric == "nonfinite_mismatch":
+        return found
+    reached = rerouted.reached(places, order=order, after=after)
+    if reached:
+        rest = [p for p in places if p not in reached]
+        alone = judged(rest) if rest else None
+        if alone is None or alone.verdict == "pass":
+            flips = rerouted.describe(order=order, after=after)
+            text = f"{len(reached)} of {len(places)} positions are behind an {flips}"
+            behind = ranges(p for first, last in found.failing for p in range(first, last + 1) if p in reached)
+            return msgspec.structs.replace(found, verdict="inconclusive", failing=behind, message=text)
+        found = alone
+    text = rerouted.excuse([], order=order, half=half) if found.verdict == "fail" else ""
+    return msgspec.structs.replace(found, verdict="inconclusive", message=text) if text else found
 
 
 def chosen_experts(logits: torch.Tensor, count: int) -> torch.Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from paritykit.cli import execute
+from paritykit.floor_file import read_floor, write_floor
 from paritykit.results import Finding, Results
 from paritykit.testing import TINY_FAMILIES, tiny_model
 from paritykit.testing.faults import FAULTS, Fault
@@ -17,6 +20,7 @@ from tests.nano import one_thread
 
 DENSE = [f for f in TINY_FAMILIES if f not in ("mixtral", "qwen3_moe")]
 IN_CI = ("qwen2", "gemma2")
+KEPT = sorted((Path(__file__).parents[2] / "references").glob("*.json"))
 deep = pytest.mark.deep
 
 
@@ -51,6 +55,16 @@ def assert_by_the_floor(results: Results) -> None:
 def test_nano_passes_by_the_floor_alone(floors: Floors, family: str, dtype: str) -> None:
     candidate = floors.nano(family, floors.truth(family, dtype), dtype=dtype)
     assert_by_the_floor(floors.compare(family, candidate, dtype=dtype))
+
+
+@pytest.mark.xdist_group("floors")
+def test_what_is_decoded_token_by_token_is_held_against_a_floor_of_its_own_kind(floors: Floors) -> None:
+    """nano computes the three cases together. Against what the twin decoded alone, a factor of 1.3 is needed."""
+    names = ("one", "short", "long-40")
+    candidate = floors.nano("gemma3", floors.truth("gemma3", "float32", names=names), dtype="float32")
+    results = floors.compare("gemma3", candidate, dtype="float32", names=names)
+    assert results.summary.verdict == "pass"
+    assert max(f.needs.get("factor", 0.0) for f in judged(results)) < 1.0
 
 
 @pytest.mark.parametrize("fault", ["norm-eps", "norm-in-half-precision"])
@@ -129,5 +143,18 @@ def test_vllm_passes_by_the_floor_alone(bench: Bench, floors: Floors, family: st
 @pytest.mark.parametrize("family", some(("qwen2", "gemma2")))
 def test_transformers_own_attention_is_a_candidate_like_any(floors: Floors, family: str) -> None:
     """Gemma 2 has softcaps, which sdpa leaves out: what is broken there is not the candidate's doing."""
-    results = floors.compare(family, floors.twin(family, "bfloat16", attn_implementation="sdpa"), dtype="bfloat16")
+    other = floors.another_twin(family, "bfloat16", attn_implementation="sdpa")
+    results = floors.compare(family, other, dtype="bfloat16")
     assert results.summary.verdict == ("fail" if family == "gemma2" else "pass")
+
+
+@pytest.mark.parametrize("kept", [pytest.param(p, id=p.stem) for p in KEPT])
+@pytest.mark.xdist_group("floors")
+def test_kept_floors_have_not_moved(kept: Path, tmp_path: Path) -> None:
+    """Of a checkpoint that these numbers are not of, nothing can be said: that fails too."""
+    model, dtype = kept.stem.removeprefix("tiny-").rsplit("-", 1)
+    assert execute(["floor", f"tiny:{model}", "--dtype", dtype, "--no-cache", "--quiet", "--against", str(kept)]) == 0
+    moved = read_floor(kept)
+    moved.floors["model.norm"]["short"] *= 2
+    write_floor(moved, tmp_path / "moved.json")
+    assert execute(["floor", f"tiny:{model}", "--dtype", dtype, "--quiet", "--against", str(tmp_path / "moved.json")])

@@ -12,8 +12,13 @@ import torch
 from paritykit.captures.manifest import Segment
 from paritykit.captures.reader import Capture
 from paritykit.case import Case
+from paritykit.checks.base import Subject
+from paritykit.checks.measured import measure_point
+from paritykit.comparison.routing import Flip, Rerouted
+from paritykit.comparison.twin import read_at_once
 from paritykit.config import load_config
 from paritykit.errors import UsageError
+from paritykit.mapping.build import build_mapping
 from paritykit.results import Finding, Results
 from paritykit.runner import compare_captures
 from tests.made import write_capture
@@ -179,6 +184,33 @@ def test_a_twin_that_is_lucky_with_one_token_borrows_from_its_other_cases(bench:
     assert found(bench.compare(wrong, twin=lucky), "layers.1.mlp", "one").verdict == "fail"
 
 
+DECODED = Case(id="a", tokens=(7,), new_tokens=6, forced=(1, 2, 3, 4, 5, 6))
+
+
+@pytest.mark.parametrize(("shown", "verdict"), [(5, "fail"), (6, "pass")])
+def test_what_a_twin_also_reads_at_once_may_raise_its_floor(tmp_path: Path, shown: int, verdict: str) -> None:
+    """Decoded with a sixth of the noise; ``shown`` positions of the same text as one prompt, with all of it."""
+    truth, floor = drawn(0)["embed"][:6], FLOOR * drawn(1)["embed"][:6]
+    both = [DECODED, *read_at_once([DECODED])]
+    spans = [Segment(0, 0, 6)], [Segment(1, 0, shown)]
+    made = {}
+    for name, cases, rows in (
+        ("truth", both[:1], [truth]),
+        ("twin", both, [truth + floor / 6, (truth + floor)[:shown]]),
+        ("candidate", both[:1], [truth + FLOOR * drawn(2)["embed"][:6]]),
+        ("wrong", both[:1], [truth + 6 * FLOOR * drawn(2)["embed"][:6]]),
+    ):
+        steps = [(spans[n], {"mlp": tensor}) for n, tensor in enumerate(rows)]
+        made[name] = write_capture(
+            tmp_path / name, steps, cases=cases, dtype="float64" if name == "truth" else "float32"
+        )
+    for name, expected in (("candidate", verdict), ("wrong", "fail")):
+        results = compare_captures(made["truth"], made[name], twin=made["twin"], checks=["modules"])
+        mlp = found(results, "mlp")
+        assert mlp.verdict == expected
+        assert mlp.noise_floor == pytest.approx(FLOOR if shown == 6 else FLOOR / 6, rel=0.3)
+
+
 def test_a_broken_twin_is_named_and_no_candidate_blamed(bench: Bench) -> None:
     broken = noisy(1)
     broken["layers.1.mlp"] = drawn(7)["layers.1.mlp"]
@@ -219,7 +251,7 @@ def routed(
     twin = noisy(1)
     twin["layers.0.gate"][20] = truth["layers.0.gate"][20] + 1e-3
     results = compare_captures(
-        bench.capture(truth, dtype="float64", facts={"experts_per_token": 2} if facts is None else facts),
+        bench.capture(truth, dtype="float64", facts={"routers": {"layers.0.gate": 2}} if facts is None else facts),
         bench.capture(candidate),
         twin=bench.capture(twin),
         checks=["modules"],
@@ -239,7 +271,7 @@ def before(candidate: Tensors) -> None:
 def test_what_a_legitimate_flip_reaches_is_no_failure(bench: Bench) -> None:
     mlp = routed(bench, 2e-3, behind)
     assert mlp.verdict == "inconclusive"
-    assert "flip of layers.0.gate at position 20: experts 0, 2 instead of 0, 1" in mlp.message
+    assert "expert flip at position 20 in layers.0.gate: experts 0, 2 instead of 0, 1" in mlp.message
 
 
 def test_what_no_flip_explains_fails(bench: Bench) -> None:
@@ -247,3 +279,42 @@ def test_what_no_flip_explains_fails(bench: Bench) -> None:
     assert routed(bench, 0.5, behind).verdict == "fail", "the margin is far beyond the router's noise"
     assert routed(bench, 2e-3, behind, facts={}).verdict == "fail", "in float32 nothing is excused unseen"
     assert routed(bench, 2e-3, lambda c: None).verdict == "pass"
+
+
+@pytest.mark.parametrize(("position", "verdict"), [(5, "inconclusive"), (2, "fail")])
+def test_a_choice_is_excused_where_a_flip_reaches_its_position(tmp_path: Path, position: int, verdict: str) -> None:
+    """The router is in the last layer, so that a flip reaches its own position only."""
+    case, sides = Case(id="a", tokens=(1, 2, 3, 4, 5), new_tokens=2, forced=(6, 7)), []
+    for number, tokens in enumerate(([6, 7], [6, 8])):
+        tensors = {k: drawn(0)[k][:6].clone() for k in ("layers.0.gate", "#logits")}
+        tensors["layers.0.gate"][position] = torch.tensor([3.0, 1.0, 1.0 - (-1) ** number * 1e-6, -1.0])
+        tensors["#logits"][5, tokens[1]] += 10
+        sides.append(
+            write_capture(
+                tmp_path / f"{number}",
+                [([Segment(0, 0, 6)], tensors)],
+                cases=[case],
+                generated={"a": tokens},
+                kinds=KINDS,
+                facts={"routers": {"layers.0.gate": 2}},
+            )
+        )
+    results = compare_captures(*sides, checks=["tokens"], config=load_config({}, environ={}))
+    forced = found(results, "#tokens")
+    assert forced.verdict == verdict
+    assert ("behind an expert flip at position 5" in forced.message) == (verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(("depth", "verdict"), [(None, "inconclusive"), (3, "inconclusive"), (1, "fail")])
+def test_of_a_replay_only_flips_since_the_last_replaced_point_count(
+    bench: Bench, depth: int | None, verdict: str
+) -> None:
+    wrong = drawn(0)
+    wrong["layers.1.mlp"][20] *= 1.5
+    reference, candidate = bench.capture(drawn(0)), bench.capture(wrong)
+    mapping = build_mapping(reference.manifest, candidate.manifest)
+    subject = Subject(reference=reference, candidate=candidate, mapping=mapping)
+    rule = next(r for r in mapping.rules if r.reference == "layers.1.mlp")
+    subject.flips["a"] = Rerouted([Flip("layers.0.gate", 20, ([0, 1], [0, 2]), 1e-4, 1e-4, order=1, reach=9)])
+    assert subject.graph.order("layers.1.mlp") == 3
+    assert measure_point(subject, rule, "a", check="modules", depth=depth).verdict == verdict

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -14,14 +15,26 @@ from torch import nn
 
 from paritykit.captures.manifest import Manifest, Segment
 from paritykit.case import Case
-from paritykit.comparison.routing import Rerouted, Router, Rows, boundary, chosen_experts, find_routers, trace_flips
+from paritykit.comparison.judge import judge
+from paritykit.comparison.metrics import measure
+from paritykit.comparison.routing import (
+    Flip,
+    Rerouted,
+    Router,
+    Rows,
+    boundary,
+    chosen_experts,
+    find_routers,
+    judge_around,
+    trace_flips,
+)
 from paritykit.comparison.tolerance import Tolerance
 from paritykit.diagnose.locate import Graph
 from paritykit.engines.features import experts_chosen
 from paritykit.invariance.bound import reordering
 from paritykit.invariance.compare import Scene, View, compare_tokens, compare_views
 from paritykit.results import Finding
-from tests.made import manifest, write_capture
+from tests.made import finding, manifest, write_capture
 
 KEYS: dict[str, int | list[int]] = {
     "l0.attn#key_cache": [1, 4],
@@ -47,6 +60,29 @@ def names(*, chosen: int = 2) -> Manifest:
     return msgspec.structs.replace(made, points=points)
 
 
+class Pair(NamedTuple):
+    """Both sides by point, at as many positions as there are rows."""
+
+    tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def rows(self, key: str) -> Rows | None:
+        found = self.tensors.get(key)
+        return None if found is None else Rows(list(range(len(found[0]))), *found)
+
+    def sound(self, key: str, rows: Rows) -> Sequence[bool]:
+        return [judge(measure(rows.left, rows.right), LOOSE)[0] == "pass"] * len(rows.positions)
+
+    def same(self, key: str, rows: Rows) -> Sequence[bool]:
+        return [e <= LOOSE.whole for e in measure(rows.left, rows.right).row_rel_l2]
+
+
+class Lenient(Pair):
+    """Whatever the error, it is allowed."""
+
+    def sound(self, key: str, rows: Rows) -> Sequence[bool]:
+        return [True] * len(rows.positions)
+
+
 def logits(seed: int, tokens: int = 6, experts: int = 4) -> torch.Tensor:
     return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
 
@@ -61,6 +97,17 @@ def test_routers_are_found_with_what_they_reach() -> None:
     assert (found.order, found.reach, found.block) == (1, 1, "")
 
 
+@pytest.mark.parametrize("later", [[], ["model.layers.1.mixer"], ["mtp.0.mixer"]])
+def test_behind_the_last_layer_no_attention_follows(later: list[str]) -> None:
+    keys = ["model.layers.0.attn#key_cache", "model.layers.0.gate", "model.layers.0", *later, "model.norm", "#logits"]
+    made = manifest(dict.fromkeys(keys, 4), facts={"routers": {"model.layers.0.gate": 2}})
+    made.points = [msgspec.structs.replace(p, kind="ARouter" if p.module.endswith("gate") else "") for p in made.points]
+    (found,) = find_routers(made)
+    assert (found.order, found.reach) == (1, 1 if later else len(keys))
+    plain = Rerouted([Flip(found.key, 2, ([0], [1]), 0.1, 0.1, found.order, found.reach)])
+    assert plain.reached(range(4), order=len(keys) - 1) == ({2} if not later else {2, 3})
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 9), st.sampled_from([0.0, 1e-4, 1e-2]), st.booleans())
 def test_every_other_choice_within_tolerance_is_explained(seed: int, experts: int, noise: float, coarse: bool) -> None:
@@ -70,7 +117,7 @@ def test_every_other_choice_within_tolerance_is_explained(seed: int, experts: in
     left = left.bfloat16() if coarse else left
     right = (left.float() + noise * torch.randn(30, experts, generator=generator)).to(left.dtype)
     router = Router("g", max(1, experts // 2), 0, 0)
-    flips = trace_flips([router], lambda _: Rows(list(range(30)), left, right), lambda _: LOOSE).flips
+    flips = trace_flips([router], Pair({"g": (left, right)})).flips
     ours, theirs = (chosen_experts(x.double(), router.chosen) for x in (left, right))
     swapped = (ours != theirs).any(1).nonzero().flatten().tolist()
     assert {f.position for f in flips} >= set(swapped)
@@ -85,7 +132,7 @@ def test_logits_that_are_off_excuse_nothing() -> None:
     left = logits(1)
     right = left.clone()
     right[3] = -left[3]
-    assert trace_flips([GATE], lambda _: Rows(list(range(6)), left, right), lambda _: LOOSE).flips == []
+    assert traced([GATE], {"l0.mlp.gate": (left, right)}).flips == []
 
 
 def near_tie(at: int, *, gap: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +148,7 @@ Sides = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def traced(routers: list[Router], sides: Sides) -> Rerouted:
-    """Both sides by point, of as many positions as there are rows."""
-    return trace_flips(routers, lambda k: Rows(list(range(len(sides[k][0]))), *sides[k]), lambda _: LOOSE)
+    return trace_flips(routers, Pair(sides))
 
 
 def test_a_flip_that_does_not_show_excuses_nothing() -> None:
@@ -136,13 +182,15 @@ def test_a_flip_reaches_its_own_token_at_once_and_later_ones_from_the_next_atten
     found = traced([plain, second], {"l0.mlp.gate": (left, right), "l1.gate": near_tie(1)})
     assert [(f.router, f.position) for f in found.flips] == [("l0.mlp.gate", 2), ("l1.gate", 1)]
     assert found.reached(range(6), order=21) == {1, 2, 3, 4, 5}
-    assert found.describe(order=3).startswith("expert flip at position 2 in l0.mlp.gate, margin 0.0001 within twice")
+    assert found.describe(order=3).startswith(
+        "expert flip at position 2 in l0.mlp.gate: experts 0, 2 instead of 0, 1, margin 0.0001 "
+    )
 
 
-@pytest.mark.parametrize("rows", [None, Rows([0], torch.ones(1, 2), torch.ones(1, 2))])
-def test_a_router_that_is_not_shown_or_not_known_is_opaque(rows: Rows | None) -> None:
+@pytest.mark.parametrize("sides", [{}, {"l0.mlp.gate": (torch.ones(1, 2), torch.ones(1, 2))}], ids=["none", "narrow"])
+def test_a_router_that_is_not_shown_or_not_known_is_opaque(sides: Sides) -> None:
     unknown = traced([GATE._replace(chosen=0)], {"l0.mlp.gate": (logits(1), logits(1))})
-    for found in (unknown, trace_flips([GATE], lambda _: rows, lambda _: LOOSE)):
+    for found in (unknown, traced([GATE], sides)):
         assert found.opaque == "l0.mlp.gate"
         assert [found.behind_opaque(n) for n in (2, 3)] == [False, True]
 
@@ -170,6 +218,66 @@ class LinearRouter(nn.Linear):
 ])  # fmt: skip
 def test_routers_that_choose_by_more_than_their_logits_are_not_known(module: nn.Module, count: int) -> None:
     assert experts_chosen(module) == count
+
+
+# judging around them
+
+
+def flip(position: int, *, order: int, reach: int) -> Flip:
+    return Flip("g", position, ([0, 1], [0, 2]), 1e-4, 1e-4, order, reach)
+
+
+FLIPS = Rerouted([flip(2, order=2, reach=8), flip(4, order=20, reach=30)])
+
+
+def around(failing: set[int], *, order: int, found: Rerouted = FLIPS, **options: Any) -> Finding:
+    """Six positions of a point, of which some fail by themselves."""
+
+    def judged(places: list[int]) -> Finding:
+        wrong = [p for p in places if p in failing]
+        return finding("x", "fail" if wrong else "pass", failing=[(p, p) for p in wrong], metric=options.get("metric"))
+
+    half, after = options.get("half", False), options.get("after", -1)
+    return judge_around(found, list(range(6)), order=order, half=half, judged=judged, after=after)
+
+
+@given(st.sets(st.integers(0, 5)), st.sampled_from([1, 3, 9, 21, 31]))
+def test_it_is_inconclusive_exactly_where_all_that_fails_is_reached(failing: set[int], order: int) -> None:
+    reached = FLIPS.reached(range(6), order=order)
+    found = around(failing, order=order)
+    expected = "pass" if not failing else "inconclusive" if failing <= reached else "fail"
+    assert found.verdict == expected
+    shown = failing if expected == "inconclusive" else failing - reached
+    assert {p for first, last in found.failing for p in range(first, last + 1)} == shown
+    assert ("expert flip at position 2" in found.message) == (expected == "inconclusive")
+
+
+def test_what_was_put_right_since_a_flip_is_not_behind_it() -> None:
+    assert around({2}, order=21).verdict == around({4}, order=21, after=9).verdict == "inconclusive"
+    assert around({2}, order=21, after=9).verdict == "fail"
+    assert "position 2" not in around({4}, order=21, after=9).message
+
+
+def test_a_value_that_is_no_number_is_excused_by_no_flip() -> None:
+    assert around({2}, order=3, metric="nonfinite_mismatch").verdict == "fail"
+    opaque = Rerouted(opaque="g", opaque_order=2)
+    assert around({2}, order=3, metric="nonfinite_mismatch", found=opaque, half=True).verdict == "fail"
+    assert [around({2}, order=3, found=opaque, half=h).verdict for h in (True, False)] == ["inconclusive", "fail"]
+
+
+def test_logits_that_are_no_numbers_are_no_flip() -> None:
+    left, right = near_tie(2)
+    right[2, 0] = float("nan")
+    lenient = Lenient({"l0.mlp.gate": (left, right)})
+    assert trace_flips([GATE._replace(block="")], lenient).flips == []
+    right[2, 0] = left[2, 0]
+    assert [f.position for f in trace_flips([GATE._replace(block="")], lenient).flips] == [2]
+
+
+def test_an_excuse_holds_for_all_positions_or_not_at_all() -> None:
+    assert "flip at position 2" in FLIPS.excuse([2], order=3, half=False)
+    assert FLIPS.excuse([2, 3], order=3, half=True) == FLIPS.excuse([], order=3, half=True) == ""
+    assert "not known" in Rerouted(opaque="g", opaque_order=2).excuse([1], order=3, half=True)
 
 
 # two runs of a case
@@ -224,7 +332,7 @@ def test_what_a_flip_reaches_is_inconclusive_and_told(tmp_path: Path) -> None:
     assert {k for k, f in found.items() if f.verdict == "inconclusive"} == BEHIND.keys() | LATER.keys()
     assert {f.verdict for k, f in found.items() if k not in BEHIND | LATER} == {"pass"}
     assert found["l0.mlp"].message.startswith(
-        "together: 1 of 6 positions are behind an expert flip at position 2 in l0.mlp.gate, margin"
+        "together: 1 of 6 positions are behind an expert flip at position 2 in l0.mlp.gate: experts"
     )
     assert "4 of 6 positions" in found["l1.attn.o"].message
 
@@ -243,7 +351,7 @@ def test_what_it_does_not_reach_fails(tmp_path: Path, key: str, position: int) -
 def test_rows_behind_a_flip_that_are_right_all_the_same_pass(tmp_path: Path) -> None:
     found = judged(scene(views(tmp_path, differing={"l0.mlp": [2]}, gate=near_tie(2, gap=1e-7))))
     assert {k for k, f in found.items() if f.verdict != "pass"} == {"l0.mlp"}
-    assert found["#logits"].positions == (0, 1)
+    assert found["#logits"].positions == (0, 5)
 
 
 def test_experts_that_change_with_logits_that_do_not_are_a_failure(tmp_path: Path) -> None:

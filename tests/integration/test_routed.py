@@ -1,0 +1,161 @@
+"""A flip alone passes with the reference's routing put in; a flip with a fault behind it fails there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paritykit.captures.reader import Capture
+from paritykit.captures.recorder import Selection
+from paritykit.checks.base import Subject
+from paritykit.checks.routing import find_flips
+from paritykit.comparison.routing import Flip, boundary, chosen_experts
+from paritykit.config import load_config
+from paritykit.engines.nano.engine import NanoEngine
+from paritykit.mapping.build import build_mapping
+from paritykit.results import Finding, Results
+from paritykit.routed import TOLD, part_ways
+from paritykit.runner import compare_captures
+from paritykit.testing import tiny_model
+from paritykit.testing.scoreboard.ground import fed
+from tests.floors import Floors
+from tests.nano import one_thread
+
+CASE, DTYPE, MODEL = ("long-40",), "bfloat16", "mixtral"
+LAST = "model.layers.3.mlp"
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 9),
+    st.data(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([1e-4, 1e-2, 1.0, 30.0]),
+)
+def test_the_same_experts_are_chosen_in_any_dtype_without_a_tie(
+    seed: int, experts: int, data: Any, dtype: torch.dtype, size: float
+) -> None:
+    count = data.draw(st.integers(1, experts - 1))
+    wide = size * torch.randn(20, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = part_ways(wide, count=count, dtype=dtype)
+    assert found.dtype == dtype
+    ways = [found.double()] if size == 30.0 else [found.double(), found.softmax(-1, dtype=torch.float32)]
+    for ranked in ways:  # of large logits the least probabilities are all zero
+        assert torch.equal(chosen_experts(ranked, count), chosen_experts(wide, count))
+        assert (boundary(ranked, count) > 0).all()
+    limit = 3 * torch.finfo(dtype).eps * wide.abs().clamp(min=0.25)
+    assert ((found.double() - wide).abs() <= limit).all()
+
+
+class Trial:
+    """nano on a model whose second choice of experts flips at some tokens."""
+
+    def __init__(self, floors: Floors) -> None:
+        self.floors, self.truth = floors, floors.truth(MODEL, DTYPE, names=CASE)
+        self.engine = NanoEngine(str(tiny_model(MODEL)), dtype=DTYPE, provenance=False)
+        self.engine.open()
+
+    def experts(self) -> torch.nn.Module:
+        found: torch.nn.Module = self.engine.llm.team.worker.model.get_submodule(f"{LAST}.experts")
+        return found
+
+    def judge(self, out: Path, *, again: bool = True) -> Results:
+        candidate = self.engine.run(fed(self.truth), points=Selection(), out=out)
+        twin = self.floors.twin(MODEL, DTYPE, names=CASE)
+        return compare_captures(
+            self.truth,
+            candidate,
+            twin=twin,
+            checks=["modules", "logits"],
+            config=load_config({}, environ={}),
+            engine=Open(self.engine) if again else None,
+            explain=False,
+        )
+
+    def flips(self, candidate: Capture) -> list[Flip]:
+        mapping = build_mapping(self.truth.manifest, candidate.manifest)
+        twin = self.floors.twin(MODEL, DTYPE, names=CASE)
+        subject = Subject(reference=self.truth, candidate=candidate, mapping=mapping, twin=twin)
+        return find_flips(subject, CASE[0]).flips
+
+
+class Open:
+    """An engine that is open and stays so."""
+
+    def __init__(self, engine: Any) -> None:
+        self.name, self.capabilities, self.run, self.describe = "nano", engine.capabilities, engine.run, engine.describe
+
+    def open(self) -> None:
+        """Nothing: it is open."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    with one_thread():
+        yield Trial(Floors(tmp_path_factory.mktemp("routed")))
+
+
+def verdicts(results: Results) -> dict[str, Finding]:
+    return {f.point: f for f in results.findings}
+
+
+def flipped_row(trial: Trial, folder: Path) -> int:
+    clean = trial.engine.run(fed(trial.truth), points=Selection(), out=folder)
+    prompt = len(trial.truth.cases[CASE[0]].tokens)
+    return next(f.position for f in trial.flips(clean) if f.router == f"{LAST}.gate" and f.position < prompt)
+
+
+def test_a_flip_alone_passes(trial: Trial, tmp_path: Path) -> None:
+    before, after = verdicts(trial.judge(tmp_path / "a", again=False)), verdicts(trial.judge(tmp_path / "b"))
+    assert before[f"{LAST}.experts"].verdict == "inconclusive"
+    assert {f.verdict for f in after.values()} == {"pass"}
+    unsure = [k for k, f in before.items() if f.verdict == "inconclusive"]
+    assert all(after[k].message.startswith(f"{TOLD}: ") and "expert flip" in after[k].message for k in unsure)
+    assert not any(f.message for k, f in after.items() if k not in unsure)
+
+
+def test_a_fault_that_only_the_flip_reaches_fails(trial: Trial, tmp_path: Path) -> None:
+    row, prompt = flipped_row(trial, tmp_path / "clean"), len(trial.truth.cases[CASE[0]].tokens)
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        changed = output.clone()
+        if len(changed) == prompt:
+            changed[row] *= 1.5
+        return changed
+
+    handle = trial.experts().register_forward_hook(spoil)
+    try:
+        before, after = verdicts(trial.judge(tmp_path / "a", again=False)), verdicts(trial.judge(tmp_path / "b"))
+    finally:
+        handle.remove()
+    assert before[f"{LAST}.experts"].verdict == "inconclusive"
+    found = after[f"{LAST}.experts"]
+    assert (found.verdict, found.failing) == ("fail", [(row, row)])
+    assert {f.verdict for k, f in after.items() if f.order < found.order} == {"pass"}
+
+
+def test_an_engine_that_cannot_be_given_other_routing_leaves_it_open(trial: Trial, tmp_path: Path) -> None:
+    class Closed(Open):
+        def __init__(self, engine: Any) -> None:
+            super().__init__(engine)
+            self.capabilities = engine.capabilities - {"replay"}
+
+    candidate = trial.engine.run(fed(trial.truth), points=Selection(), out=tmp_path / "a")
+    results = compare_captures(
+        trial.truth,
+        candidate,
+        twin=trial.floors.twin(MODEL, DTYPE, names=CASE),
+        checks=["modules"],
+        config=load_config({}, environ={}),
+        engine=Closed(trial.engine),
+    )
+    assert results.summary.verdict == "inconclusive"
