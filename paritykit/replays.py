@@ -14,6 +14,7 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
+from paritykit.comparison.routing import find_routers
 from paritykit.diagnose.replay import Descent, Look, Place, Replayed, refine
 from paritykit.diagnose.tree import Tree
 from paritykit.engines.base import Progress
@@ -78,7 +79,8 @@ class Replays:
             folder=subject.reference.path,
             candidate=subject.candidate.manifest,
         )
-        points = [p for k in shown for p in (self._rules[k].candidate, self._rules[k].plus) if p]
+        routers = [r.key for r in find_routers(subject.reference.manifest) if r.key in self._rules]
+        points = [p for k in (*shown, *routers) for p in (self._rules[k].candidate, self._rules[k].plus) if p]
         if self._progress:
             self._progress("replaying", 0, 0)
         with tempfile.TemporaryDirectory(prefix="paritykit-replay-") as folder:
@@ -93,13 +95,7 @@ class Replays:
         self, capture: Capture, shown: Sequence[str], cases: Sequence[str], *, replaced: Sequence[str]
     ) -> dict[Place, Finding]:
         subject = self._subject
-        again = Subject(
-            reference=subject.reference,
-            candidate=capture,
-            mapping=subject.mapping,
-            tolerance=subject.tolerance,
-            tolerance_source=subject.tolerance_source,
-        )
+        again = subject.again(capture)
         orders = sorted(subject.graph.order(k) for k in replaced)
         found = {}
         for key in (k for k in shown if self._rules[k].candidate in capture.points):

@@ -34,15 +34,22 @@ def places(fault: Fault | str, layer: int) -> set[str]:
 
 
 def explained(
-    ground: Ground, engine: Any, reference: Capture, cases: list[Case], faults: Iterable[Planted] = ()
+    ground: Ground,
+    engine: Any,
+    reference: Capture,
+    cases: list[Case],
+    faults: Iterable[Planted] = (),
+    *,
+    twin: Capture | None = None,
+    strength: float = 1.0,
 ) -> list[Finding]:
     """What the checks find in a run with these faults, after a replay."""
     with ExitStack() as stack:
         for name, layer in faults:
-            stack.enter_context(planted(engine, name, layer=layer))
+            stack.enter_context(planted(engine, name, layer=layer, strength=strength))
         candidate = ground.run(engine, cases)
         mapping = build_mapping(reference.manifest, candidate.manifest)
-        subject = Subject(reference=reference, candidate=candidate, mapping=mapping)
+        subject = Subject(reference=reference, candidate=candidate, mapping=mapping, twin=twin)
         _, findings = run_checks(subject, ["modules", "logits"])
         return Replays(subject, engine).explain(findings)
 

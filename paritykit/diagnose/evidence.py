@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from paritykit.diagnose.bench.attention import attention_module
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Bar
 
@@ -32,7 +33,17 @@ def _tokens(scene: Scene, bar: Bar) -> str:
     positions = torch.cat([torch.arange(int(n)) for n in lengths])
     start = int(positions[bar.wrong].min()) if bar.wrong.any() else 0
     first = f" from position {start} on" if start else ""
-    return f"{wrong} of {judged} positions differ{first}"
+    return f"{wrong} of {judged} positions differ{first}{_meeting(scene, bar, positions)}"
+
+
+def _meeting(scene: Scene, bar: Bar, positions: torch.Tensor) -> str:
+    """What it means in attention that first tokens are right: they see themselves alone, whatever their scores are."""
+    alone, later = bar.judged & (positions == 0), bar.judged & (positions > 0)
+    told = alone.any() and not (bar.wrong & alone).any() and 2 * int((bar.wrong & later).sum()) > int(later.sum())
+    if not told or not attention_module(scene):
+        return ""
+    text = "first tokens, which see themselves alone, are right: so are values and weights, and what is wrong is how "
+    return f" ({text}tokens meet, by rotary embedding, scale, mask or cache)"
 
 
 def _features(scene: Scene, ref: torch.Tensor, cand: torch.Tensor, scale: torch.Tensor) -> str:

@@ -7,8 +7,9 @@ are scored). What fits is named, at most three causes; where nothing does, cause
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +18,23 @@ import torch
 
 from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
-from paritykit.comparison.floor import FACTOR
-from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, fallback
-from paritykit.diagnose.catalogue import CAUSES, UNKNOWN, CauseKind
+from paritykit.comparison.floor import DEGREES, FACTOR, chance, half_ulp
+from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, coarser, fallback
+from paritykit.diagnose.catalogue import UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
 from paritykit.diagnose.scene import ReadTensor, Scene
-from paritykit.diagnose.trial import Bar, Pattern, Trial, Tried
-from paritykit.errors import ParityError
+from paritykit.diagnose.screening import ODD, Named, screen
+from paritykit.diagnose.trial import Bar, Pattern
 from paritykit.mapping.rules import Rule
 from paritykit.results import Cause, Finding
 
 log = logging.getLogger(__name__)
 SHOWN = 3
-PREDICTED = 4.0
-"""Times what an engine is allowed: a prediction rounds in its own way, and its angles at late positions most."""
 COMPARING = ("modules", "logits", "tokens")
 """Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
 """Points that are explained: the first, and modules beside it that differ too, though what they were fed is right."""
-ODD = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ParityError)
-"""What a hypothesis may stumble over in a model it was not thought of for; it is dropped then, and the others go on."""
-
-
-@dataclass(frozen=True)
-class Named:
-    """A cause with its best hypothesis."""
-
-    kind: CauseKind
-    tried: Tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +52,7 @@ class Sides:
         failing = [f for f in findings if f.verdict == "fail"]
         cases = self.reference.cases
         first = sorted((f.case for f in failing), key=lambda c: cases[c].positions)
+        floor = _pooled(findings)
         return Scene(
             reference=self.reference,
             candidate=self.candidate,
@@ -70,7 +60,8 @@ class Sides:
             point=point,
             located=failing[0].located,
             cases=dict.fromkeys([*first, *cases]),
-            allowed=_allowed(findings),
+            allowed=_allowed(findings, floor),
+            floor=floor,
             config=self.config,
             read=self.read,
         )
@@ -113,12 +104,12 @@ def _explained(point: str, findings: list[Finding], known: list[Finding], sides:
     told = weights_of(known, split_key(point)[0], parameters)
     try:
         scene = sides.scene(point, findings)
-        tested = causes_of(scene) if scene.cases else []
+        said = causes_of(scene) if scene.cases else []
     except ODD as error:
         log.debug("%s cannot be explained: %s: %s", point, type(error).__name__, error)
-        tested = [_not_computed(findings[0], f"{point} cannot be looked at: {error}")]
+        said = [_not_computed(findings[0], f"{point} cannot be looked at: {error}")]
     sure = {c.name: c for c in reversed(told)}
-    others = [c for c in tested if c.name not in sure and not (told and c.name == UNKNOWN.name)]
+    others = [c for c in said if c.name not in sure and not (told and c.name == UNKNOWN.name)]
     return [*sure.values(), *others][:SHOWN]
 
 
@@ -132,9 +123,10 @@ def causes_of(scene: Scene) -> list[Cause]:
     """The causes that fit, best first, at most three; ``unknown`` with what can be seen where none does."""
     with torch.inference_mode():
         bar = Bar(scene)
-        if not bar.wrong.any():
+        if not bar.wrong.any() and not scene.floor:
             return []
-        named, patterns = _tried(scene, bar)
+        found = screen(scene, bar)
+        named, patterns = found.named, found.patterns
         fitting = [n for n in named if n.tried.fits]
         total = sum(n.tried.weight for n in named)
         if fitting:
@@ -163,53 +155,34 @@ def _beside(point: str, first: str) -> bool:
     return module == other or (not port and not other_port and module.rpartition(".")[0] == other.rpartition(".")[0])
 
 
-def _allowed(findings: list[Finding]) -> Tolerance:
+def _allowed(findings: list[Finding], floor: float) -> Tolerance:
     """What was allowed at a point, from how it was judged: the most of all cases, whose rows are held together."""
-    found = [_whole(f) for f in findings if f.noise_floor or (f.allowed and f.metric in ("rel_l2", "position_rel_l2"))]
-    whole = max(found, default=fallback("float32", depth=findings[0].order))
+    if floor:
+        return Tolerance(FACTOR * floor, FACTOR * floor * chance(DEGREES), findings[0].allowed_source)
+    judged = [f for f in findings if f.allowed and f.metric in ("rel_l2", "position_rel_l2")]
+    limits = [f.allowed if f.metric == "rel_l2" else f.allowed / POSITION_FACTOR for f in judged if f.allowed]
+    whole = max(limits, default=fallback(_dtype(findings[0]), depth=findings[0].order))
     return Tolerance(whole, whole * POSITION_FACTOR, findings[0].allowed_source)
 
 
-def _whole(finding: Finding) -> float:
-    """What a whole point was allowed; more beside a noise floor, see ``PREDICTED``."""
-    if finding.noise_floor:
-        return PREDICTED * FACTOR * finding.noise_floor
-    assert finding.allowed is not None
-    return finding.allowed if finding.metric == "rel_l2" else finding.allowed / POSITION_FACTOR
+def _floor(finding: Finding) -> float:
+    """Noise of a whole point, whatever number it was judged by; 0 where none was measured."""
+    ratio, error = finding.metrics.get("floor_ratio", 0.0), finding.metrics.get("rel_l2")
+    if not error or ratio == 0.0:  # not measured, or nothing of it is a number
+        return 0.0
+    return max(error / ratio if ratio else 0.0, half_ulp(_dtype(finding)))
 
 
-def _tried(scene: Scene, bar: Bar) -> tuple[list[Named], list[tuple[CauseKind, Pattern]]]:
-    """The best hypothesis of each cause, and the patterns that were seen."""
-    named: list[Named] = []
-    patterns: list[tuple[CauseKind, Pattern]] = []
-    for kind in [kind for _, kind in CAUSES.items()]:
-        tried: list[Tried] = []
-        for found in _hypotheses(kind, scene):
-            if isinstance(found, Pattern):
-                patterns.append((kind, found))
-                continue
-            held = _guarded(kind, found.label, lambda found=found: bar.hold(found))  # type: ignore[misc]
-            if held is not None:
-                tried.append(held)
-        if tried:
-            named.append(Named(kind, max(tried, key=lambda t: (t.fits, t.weight))))
-    return named, patterns
+def _pooled(findings: list[Finding]) -> float:
+    """The noise floor of all cases' rows together."""
+    rows = [(f.shape[0] if f.shape else 1, _floor(f)) for f in findings]
+    known = [(n, floor) for n, floor in rows if floor]
+    return math.sqrt(sum(n * floor**2 for n, floor in known) / sum(n for n, _ in known)) if known else 0.0
 
 
-def _hypotheses(kind: CauseKind, scene: Scene) -> Iterator[Trial | Pattern]:
-    for target in kind.tests:
-        try:
-            yield from kind.source(target)(scene)
-        except ODD as error:
-            log.debug("%s is not tested further at %s: %s: %s", kind.name, scene.point, type(error).__name__, error)
-
-
-def _guarded(kind: CauseKind, label: str, hold: Callable[[], Tried]) -> Tried | None:
-    try:
-        return hold()
-    except ODD as error:
-        log.debug("%s, %s, cannot be tested: %s: %s", kind.name, label, type(error).__name__, error)
-        return None
+def _dtype(finding: Finding) -> str:
+    """What the candidate stores the point in."""
+    return coarser(finding.dtypes) if finding.dtypes else "float32"
 
 
 def _cause(scene: Scene, best: Named, named: list[Named], total: float) -> Cause:

@@ -6,6 +6,7 @@ has to be run again: not the model, and not the engine.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ class Scene:
     """One point of the reference, ``point``, where the candidate differs; ``located`` is the module to blame.
 
     Rows are ``[positions, features]``, one for each position of a case from 0 on, in the reference's column order.
-    ``allowed`` is how far both sides may be apart there.
+    ``allowed`` is how far both sides may be apart there, ``floor`` what noise there is, where that was measured.
     """
 
     def __init__(
@@ -46,16 +47,32 @@ class Scene:
         located: str,
         cases: Iterable[str],
         allowed: Tolerance,
+        floor: float = 0.0,
         config: Mapping[str, Any] | None = None,
         read: ReadTensor | None = None,
     ) -> None:
         self.reference_capture, self.candidate_capture = reference, candidate
-        self.rules, self.point, self.located, self.allowed = rules, point, located, allowed
+        self.rules, self.point, self.located = rules, point, located
+        self.allowed, self.floor = allowed, floor
         self.config: Mapping[str, Any] = config or {}
         self._read = read
         self._known: dict[Any, Any] = {}
+        self._limits: dict[str, int] = {}
+        self.fits: dict[str, float] = {}
+        """Numbers that were fitted to the candidate, by name."""
         self.cases = self._affordable(cases)
         self.module, self.port, _ = split_key(point)
+
+    def cut(self, limits: Mapping[str, int]) -> Scene:
+        """The same with some cases alone, so many positions of each. What is fitted there is known here too."""
+        found = copy.copy(self)
+        found._known, found._limits, found.cases = {}, dict(limits), list(limits)
+        return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether all positions of the cases are looked at."""
+        return not self._limits
 
     @cached_property
     def points(self) -> dict[str, Point]:
@@ -99,8 +116,9 @@ class Scene:
         return math.prod(self.points[key].row) if key in self.points else 0
 
     def length(self, case: str) -> int:
-        """Positions of a case, from 0 on."""
-        return self.reference_capture.cases[case].positions
+        """Positions of a case that are looked at, from 0 on."""
+        positions = self.reference_capture.cases[case].positions
+        return min(positions, self._limits.get(case, positions))
 
     def prompt(self, case: str) -> int:
         """Length of a case's prompt: positions from there on are decoded."""
@@ -131,6 +149,23 @@ class Scene:
         rows = self.candidate_capture.rows(self.rules[key].candidate, case, rank=rank)
         return flat(rows).to(self.dtype)
 
+    def rerouted(self, case: str) -> torch.Tensor:
+        """Positions that the candidate sent to other experts before the point, from router logits that both show.
+
+        Bool ``[positions]``. There rounding alone makes another output, if two experts were nearly tied.
+        """
+        found = torch.zeros(self.length(case), dtype=torch.bool)
+        routers: dict[str, int] = self.reference_capture.manifest.facts.get("routers", {})
+        before = list(self.points)[: list(self.points).index(self.point)]
+        for router, count in routers.items():
+            if router in before and router in self.rules:
+                ours, theirs = (rows.topk(count).indices.sort().values for rows in self._both(router, case))
+                found |= (ours != theirs).any(1)
+        return found
+
+    def _both(self, key: str, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.reference(key, case).nan_to_num(), self.candidate(key, case).nan_to_num()
+
     def input_of(self, module: str, case: str) -> torch.Tensor:
         """What the reference fed a module with."""
         return self.reference(point_key(module, port="input"), case)
@@ -145,8 +180,11 @@ class Scene:
         return [t for t, p in known.items() if p == name] or ([] if known else [name])
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A tensor of the checkpoint by its name there, in the scene's dtype."""
+        """A tensor of the checkpoint by its name there, in the scene's dtype, rounded as the reference rounds it."""
         found = self._read(name) if self._read else None
+        rounded = self.reference_capture.manifest.side.args.get("weights_dtype")
+        if found is not None and rounded and found.is_floating_point():
+            found = found.to(getattr(torch, rounded))
         return None if found is None else found.to(self.dtype)
 
     def _parameter(self, name: str) -> torch.Tensor | None:
@@ -156,16 +194,18 @@ class Scene:
     def _reference(self, key: str, case: str) -> torch.Tensor:
         spans = self.reference_capture.spans(self.points[key], case)
         rows = flat(self.reference_capture.rows(key, case)).to(self.dtype)
-        if len(rows) == self.length(case):
-            return rows
-        found = torch.full((self.length(case), self.width(key)), math.nan, dtype=self.dtype)
+        positions = self.reference_capture.cases[case].positions
+        if len(rows) == positions:
+            return rows[: self.length(case)]
+        found = torch.full((positions, self.width(key)), math.nan, dtype=self.dtype)
         found[[p for s in spans for p in range(s.position, s.position + s.length)]] = rows
-        return found
+        return found[: self.length(case)]
 
     def _candidate(self, key: str, case: str) -> torch.Tensor:
         found = torch.full((self.length(case), self.width(key)), math.nan, dtype=self.dtype)
         for start, end in self._stretches(key, case):
-            found[start:end] = rule_rows(self.rules[key], self.candidate_capture, case, start, end - start)
+            rows = rule_rows(self.rules[key], self.candidate_capture, case, start, end - start)
+            found[start:end] = rows[: max(self.length(case) - start, 0)]
         return found
 
     def _stretches(self, key: str, case: str) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from paritykit.replays import with_neighbours
 from paritykit.runner import Session
 from paritykit.testing import tiny_model
 from paritykit.testing.faults import FAULTS, Fault, find
+from tests.causes import strength_of
 from tests.faulty import VOCABULARY, Ground, Trial, homes, model_of
 from tests.nano import one_thread
 from tests.replayed import Planted, explained, named, places
@@ -78,6 +79,34 @@ def test_a_fault_is_the_only_culprit(ground: Ground, fault: Fault, name: str) ->
         if f.local is not None and f.local.culprit:
             assert f.local.value is None or f.local.value > (f.local.allowed or 0)
             assert f.origin == ("introduced" if f.verdict == "fail" else None)
+
+
+NEAR = [
+    ("norm-offset-added", "qwen2"),
+    ("rope-pairing", "gemma3"),
+    ("residual-dropped", "mistral"),
+    ("experts-scale", "mixtral"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("fault", "name"), [pytest.param(*n, marks=[] if n == NEAR[0] else [pytest.mark.deep]) for n in NEAR]
+)
+def test_beside_a_floor_what_is_ten_times_as_large_is_the_only_culprit(
+    tmp_path: Path, fault: str, name: str, dtype: str
+) -> None:
+    """In float32 that is within the fallback table's number; modules that are right stay so."""
+    ground = Ground(tmp_path, dtype=dtype, floor=True)
+    trial = Trial(ground, find(fault), name, 1)
+    twin = ground.twin(trial.model, trial.cases)
+    strength = strength_of(trial, times=10.0)
+    assert strength
+    found = explained(
+        ground, trial.engine, trial.reference, trial.cases, [(fault, trial.layer)], twin=twin, strength=strength
+    )
+    assert named(found) == places(fault, trial.layer)
+    assert named(explained(ground, trial.engine, trial.reference, trial.cases, twin=twin)) == set()
 
 
 def follow(ground: Ground, model: Path) -> tuple[pk.Capture, list[pk.Case]]:

@@ -12,50 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paritykit.captures.manifest import Segment
-from paritykit.case import Case
-from paritykit.comparison.tolerance import Tolerance
 from paritykit.diagnose.bench.columns import Columns
 from paritykit.diagnose.bench.rotation import Rotation, base_of, measure, powers
 from paritykit.diagnose.causes.cap import fitted
 from paritykit.diagnose.causes.pooling import pooled_activation, pooling_type
 from paritykit.diagnose.explain import causes_of
-from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Bar, Trial
-from paritykit.mapping.rules import Rule
-from tests.made import write_capture
-
-ALLOWED = Tolerance(1e-5, 8e-5, "test")
-TOKENS = 12
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-Points = dict[str, torch.Tensor]
-
-
-def scene_of(folder: Path, point: str, ours: Points, theirs: Points, *, rows: int = TOKENS) -> Scene:
-    """A scene of one case whose captures hold these tensors; ``rows`` below ``TOKENS`` are its last positions."""
-    cases = [Case(id="a", tokens=tuple(range(TOKENS)))]
-
-    def steps(points: Points) -> list[tuple[list[Segment], Points]]:
-        late = {k: t for k, t in points.items() if len(t) < TOKENS}
-        made = [([Segment(0, 0, TOKENS)], {k: t for k, t in points.items() if k not in late})]
-        return made + ([([Segment(0, TOKENS - rows, rows)], late)] if late else [])
-
-    rules = {k: Rule(reference=k, candidate=k) for k in theirs}
-    return Scene(
-        reference=write_capture(folder / "ours", steps(ours), cases=cases),
-        candidate=write_capture(folder / "theirs", steps(theirs), cases=cases),
-        rules=rules,
-        point=point,
-        located=point,
-        cases=["a"],
-        allowed=ALLOWED,
-    )
-
+from tests.scenes import TOKENS, numbers, scene_of
 
 # rotation
 
@@ -155,7 +118,7 @@ def test_a_prediction_of_another_shape_is_an_error(tmp_path: Path) -> None:
 def test_a_number_is_fitted_to_the_candidate(factor: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     ours = numbers(TOKENS, 6)
     made = scene_of(tmp_path_factory.mktemp("x"), "m", {"m": ours}, {"m": ours * factor})
-    found = fitted(made, lambda value, _: ours * value, low=0.1, high=1000.0)
+    found = fitted(made, lambda value, _: ours * value, name="factor", low=0.1, high=1000.0)
     assert found == pytest.approx(factor, rel=1e-4)
 
 

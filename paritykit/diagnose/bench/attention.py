@@ -8,38 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import torch
 
-from paritykit.captures.manifest import point_key
 from paritykit.diagnose.bench.calibrate import reproduces
+from paritykit.diagnose.bench.form import Form, Heads, forms_of
 from paritykit.diagnose.bench.linear import linear_of
 from paritykit.diagnose.bench.rotation import Rotation, bases_in, measure, powers
 from paritykit.diagnose.scene import Scene
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """What is seen, of query positions ``[n, 1]`` and key positions ``[1, m]``."""
-Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Queries, keys and values, ``[positions, heads, head_dim]``."""
-FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv", "in_proj")
 SCALES = ("attention_multiplier", "attn_scale", "attention_scale", "softmax_scale")
+NO_MAGNITUDE = 1e-5
+"""How far from 1 a magnitude that was measured is none."""
 CAPS = ("attn_logit_softcapping", "attention_logit_softcapping", "attn_logit_softcap")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where heads are found: a point, and which of its columns."""
-
-    key: str
-    start: int
-    stop: int
-
-    def rows(self, scene: Scene, case: str, head_dim: int) -> torch.Tensor:
-        """``[positions, heads, head_dim]``."""
-        found = scene.reference(self.key, case)[:, self.start : self.stop]
-        return found.reshape(found.shape[0], -1, head_dim)
 
 
 @dataclass(frozen=True)
@@ -64,16 +49,19 @@ class Attention:
     scene: Scene
     module: str
     context: str
-    head_dim: int
-    sources: tuple[Source, Source, Source]
+    form: Form
     rotation: Rotation
     core: Core
     notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def head_dim(self) -> int:
+        """Elements of a query or key."""
+        return self.form.head_dim
+
     def plain(self, case: str) -> Heads:
         """Queries, keys and values before rotation."""
-        query, key, value = (s.rows(self.scene, case, self.head_dim) for s in self.sources)
-        return query, key, value
+        return self.scene.once((self.module, "plain", case), lambda: self.form.heads(case))
 
     def turned(self, case: str, rotation: Rotation | None = None, positions: torch.Tensor | None = None) -> Heads:
         """Queries, keys and values after rotation, another one or at other positions where these are given."""
@@ -123,15 +111,17 @@ class Attention:
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, core: Core, mask: Mask) -> torch.Tensor:
-    """Softmax attention, ``[queries, heads * head_dim]``; a query that sees nothing gives NaN."""
+    """Softmax attention, ``[queries, heads * head_dim]``; a query that sees nothing, or what is NaN, gives NaN."""
     group = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(group, dim=1).transpose(0, 1) for t in (key, value))
     scores = query.transpose(0, 1) @ keys.transpose(1, 2) * core.scale
     if core.cap is not None:
         scores = torch.tanh(scores / core.cap) * core.cap
     place = torch.arange(query.shape[0])[:, None], torch.arange(key.shape[0])[None]
-    weights = scores.masked_fill(~mask(*place), float("-inf")).softmax(-1)
-    return (weights @ values).transpose(0, 1).reshape(query.shape[0], -1)
+    seen, known = mask(*place), key.isfinite().flatten(1).all(1) & value.isfinite().flatten(1).all(1)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    context = (weights @ values.nan_to_num()).transpose(0, 1).reshape(query.shape[0], -1)
+    return context.masked_fill((seen & ~known).any(1, keepdim=True), torch.nan)
 
 
 def attention_of(scene: Scene) -> Attention | None:
@@ -148,19 +138,18 @@ def attention_module(scene: Scene) -> str:
 
 def _attention_of(scene: Scene) -> Attention | None:
     module = attention_module(scene)
-    sources = find_heads(scene, module) if module else None
     context = find_context(scene, module)
-    if sources is None or not context:
+    if not module or not context:
         return None
-    head_dim = scene.points[point_key(module, port="key_cache")].row[-1]
-    rotation = find_rotation(scene, module, sources[1], head_dim)
-    if rotation is None:
-        return None
-    found = Attention(scene, module, context, head_dim, sources, rotation, Core(head_dim**-0.5))
-    for core in _cores(scene, head_dim):
-        made = replace(found, core=core)
-        if reproduces(scene, context, lambda case, made=made: made.output(made.turned(case))):  # type: ignore[misc]
-            return made
+    for form in forms_of(scene, module, context):
+        rotation = find_rotation(scene, form)
+        if rotation is None:
+            continue
+        found = Attention(scene, module, context, form, rotation, Core(form.head_dim**-0.5))
+        for core in _cores(scene, form.head_dim):
+            made = replace(found, core=core)
+            if reproduces(scene, context, lambda case, made=made: made.output(made.turned(case))):  # type: ignore[misc]
+                return made
     return None
 
 
@@ -170,42 +159,24 @@ def find_context(scene: Scene, module: str) -> str:
     return next((k for k in reversed(inner) if not scene.points[k].source), "")
 
 
-def find_heads(scene: Scene, module: str) -> tuple[Source, Source, Source] | None:
-    """Where queries, keys and values are before rotation; None where no known module holds them."""
-    row = scene.points[point_key(module, port="key_cache")].row
-    width, context = row[0] * row[-1], scene.width(find_context(scene, module))
-    for name in FUSED:
-        key = f"{module}.{name}"
-        if scene.width(key) == context + 2 * width:
-            edges = (0, context, context + width, context + 2 * width)
-            query, keys, values = (Source(key, a, b) for a, b in pairwise(edges))
-            return query, keys, values
-    found = []
-    for names, size in ((("q_norm", "q_proj"), context), (("k_norm", "k_proj"), width), (("v_norm", "v_proj"), width)):
-        key = next((f"{module}.{n}" for n in names if scene.width(f"{module}.{n}") == size), "")
-        if not key:
-            return None
-        found.append(Source(key, 0, size))
-    return found[0], found[1], found[2]
-
-
-def find_rotation(scene: Scene, module: str, source: Source, head_dim: int) -> Rotation | None:
+def find_rotation(scene: Scene, form: Form) -> Rotation | None:
     """What turns the reference's keys into those it caches; None where that is no rotation by position."""
-    key = point_key(module, port="key_cache")
+    key = form.turned
 
     def turned(rotation: Rotation, case: str) -> torch.Tensor:
-        rows = source.rows(scene, case, head_dim)
+        rows = form.unturned(case)
         return rotation.turn(rows, torch.arange(len(rows))).flatten(1)
 
-    before = torch.cat([source.rows(scene, c, head_dim) for c in scene.cases])
+    before = torch.cat([form.unturned(c) for c in scene.cases])
     after = torch.cat([scene.reference(key, c) for c in scene.cases]).reshape(before.shape)
     positions = torch.cat([torch.arange(scene.length(c)) for c in scene.cases])
-    for dims in rotary_dims(scene, head_dim):
+    for dims in rotary_dims(scene, before.shape[-1]):
         for interleaved in (False, True) if dims else (False,):
             made = Rotation(0, torch.zeros(0))
             if dims:
                 made = measure(before, after, positions, dims=dims, interleaved=interleaved)
                 made = _exact(scene, made)
+                made = replace(made, magnitude=1.0) if abs(made.magnitude - 1) < NO_MAGNITUDE else made
             if reproduces(scene, key, lambda case, made=made: turned(made, case)):  # type: ignore[misc]
                 return made
     return None

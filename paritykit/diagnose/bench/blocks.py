@@ -95,7 +95,7 @@ def _reads_of(attention: Attention, size: int) -> Reads:
 
 
 def _wrong(attention: Attention, size: int, case: str, blocks: list[Block], number: int) -> float:
-    """Relative error of the rows of one block, over keys up to its end; infinite where nothing can be said."""
+    """Relative error of the rows of one block, over keys up to its end; infinite where nothing can be said of them."""
     scene = attention.scene
     rows = slice(number * size, min((number + 1) * size, scene.length(case)))
     query = attention.turned(case)[0][: rows.stop]
@@ -107,5 +107,5 @@ def _wrong(attention: Attention, size: int, case: str, blocks: list[Block], numb
         return 0.0
     said = context.isfinite().all(1) & theirs.isfinite().all(1)
     if not said.any():
-        return float("inf") if bool((~theirs.isfinite()).all()) else 0.0
+        return float("inf")
     return float((theirs - context)[said].norm() / right[said].norm().clamp_min(1e-30))

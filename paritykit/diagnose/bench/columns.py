@@ -13,6 +13,8 @@ LARGEST = 1 << 28
 """Pairs of features that are compared at most."""
 ROWS = 4
 """Positions that it takes to tell features apart."""
+TELLING = 64
+"""Positions that are enough for it."""
 ALIKE = 8.0
 """A feature is found where it differs by less than this many times what is allowed."""
 
@@ -102,7 +104,7 @@ def _columns_of(scene: Scene) -> Columns | None:
     rows = theirs.isfinite().all(1)
     if int(rows.sum()) < ROWS:
         return None
-    ours, theirs = ours[rows], theirs[rows]
+    ours, theirs = ours[rows][:TELLING], theirs[rows][:TELLING]
     sizes = ours.norm(dim=0)
     limit = ALIKE * scene.allowed.whole * float(sizes.pow(2).mean().sqrt())
     squares = theirs.pow(2).sum(0)[:, None] + sizes.pow(2)[None] - 2 * theirs.T @ ours

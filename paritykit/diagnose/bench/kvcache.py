@@ -10,20 +10,22 @@ from paritykit.diagnose.scene import Scene
 
 SAME = 0.1
 """A row is another one where it differs by less than this many times what is allowed at a position, or what is."""
-TENTHS = 10.0
+NEAR = 0.7
+"""Of a row's size, how far another may be off to be that row, changed, and not what was never written."""
 
 
 @dataclass(frozen=True)
 class Held:
     """What the candidate's cache holds in one case.
 
-    ``wrong``, bool ``[positions]``; ``case`` and ``position`` ``[positions]`` of the reference's row that is found
-    there, -1 where none is: an index into ``names``.
+    ``wrong`` and ``near`` (still more like the right row than like nothing), bool ``[positions]``; ``case`` and
+    ``position`` ``[positions]`` of the reference's row that is found there, -1 where none is: an index into ``names``.
     """
 
     names: tuple[str, ...]
     own: int
     wrong: torch.Tensor
+    near: torch.Tensor
     case: torch.Tensor
     position: torch.Tensor
 
@@ -34,8 +36,8 @@ class Held:
 
     @property
     def lost(self) -> torch.Tensor:
-        """Wrong positions that hold what no position of any case has."""
-        return self.wrong & (self.case < 0)
+        """Wrong positions that hold what no position of any case has, nor anything near the right row."""
+        return self.wrong & (self.case < 0) & ~self.near
 
     @property
     def moved(self) -> torch.Tensor:
@@ -74,7 +76,8 @@ def _held(scene: Scene) -> dict[str, Held]:
             distance[p], nearest[p] = (pool - rows[p]).norm(dim=1).min(0)
         known = wrong & (distance <= limit)
         held = [torch.where(known, values[nearest], -1) for values in (case_of, place_of)]
-        found[case] = Held(names, names.index(case), wrong, held[0], held[1])
+        near = (theirs - ours).norm(dim=1) <= NEAR * ours.norm(dim=1)
+        found[case] = Held(names, names.index(case), wrong, near, held[0], held[1])
     return found
 
 

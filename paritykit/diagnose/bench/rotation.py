@@ -68,7 +68,7 @@ def measure(
     sums = torch.zeros(length, dims // 2, dtype=torch.complex128)
     sums.index_add_(0, positions, (turned * z.conj()).sum(1))
     magnitude = float(sums.abs().sum() / z.abs().pow(2).sum().clamp_min(1e-300))
-    return Rotation(dims, _frequencies(sums), interleaved, 1.0 if abs(magnitude - 1) < 1e-5 else magnitude)
+    return Rotation(dims, _frequencies(sums), interleaved, magnitude)
 
 
 def _frequencies(sums: torch.Tensor) -> torch.Tensor:

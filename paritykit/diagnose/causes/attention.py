@@ -13,6 +13,11 @@ from paritykit.diagnose.causes.cap import capped, caps, fitted
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
+SAME = 1e-7
+"""Relative difference below which a fitted factor is the reference's."""
+AHEAD = 6
+"""Positions before a difference shows that a window may begin at: what it hides there counts for little."""
+
 
 def mixing(scene: Scene) -> Attention | None:
     """The attention whose result shows at the scene's point; None where its cache is what differs."""
@@ -37,8 +42,10 @@ def scale(scene: Scene) -> Iterator[Trial]:
         if abs(value - own) > 1e-4 * own:
             label = f"with attention scores scaled by {value:.4g} = {name} instead of {own:.4g}"
             yield Trial(label, partial(attention.changed, scale=value))
-    best = fitted(scene, lambda value, case: attention.changed(case, scale=value), low=own / 20, high=own * 20)
-    if abs(best - own) > 1e-4 * own:
+    best = fitted(
+        scene, lambda value, case: attention.changed(case, scale=value), name="scale", low=own / 20, high=own * 20
+    )
+    if abs(best - own) > SAME * own:
         label = f"with attention scores scaled by {best:.5g}, {best / own:.4g} times the reference's,"
         yield Trial(label, partial(attention.changed, scale=best), free=1)
 
@@ -64,20 +71,31 @@ def window(scene: Scene) -> Iterator[Trial]:
     for size in dict.fromkeys([*config_windows(scene), *near]):
         if size != own and size > 0:
             yield Trial(f"with a sliding window of {size} {told}", partial(attention.changed, window=size))
-    begins = _first_wrong(scene)
-    if begins and begins != own:
-        label = f"with a sliding window of {begins} {told}"
-        yield Trial(label, partial(attention.changed, window=begins), free=1)
+    for begins in first_wrong(scene):
+        if begins != own:
+            label = f"with a sliding window of {begins} {told}"
+            yield Trial(label, partial(attention.changed, window=begins), free=1)
 
 
-def _first_wrong(scene: Scene) -> int:
-    """The first position that differs, in any case; 0 for none."""
-    found = []
+def first_wrong(scene: Scene) -> list[int]:
+    """The position from which on rows differ by more than before, and the few ahead of it, where that hardly shows."""
+    size = max(scene.length(c) for c in scene.cases)
+    sums, rows = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for case in scene.cases:
-        ours, theirs = scene.reference(scene.point, case), scene.candidate(scene.point, case)
-        wrong = (theirs - ours).nan_to_num().norm(dim=1) > scene.allowed.position * ours.norm(dim=1)
-        found += wrong.nonzero().flatten()[:1].tolist()
-    return min(found, default=0)
+        ours, theirs = scene.reference(scene.point, case).double(), scene.candidate(scene.point, case).double()
+        error = (theirs - ours).norm(dim=1) / ours.norm(dim=1).clamp_min(1e-30)
+        there = error.isfinite()
+        sums[: len(error)] += error.nan_to_num(posinf=0.0).pow(2)
+        rows[: len(error)] += there
+    after, before = sums.flip(0).cumsum(0).flip(0)[1:], sums.cumsum(0)[:-1]
+    count_after, count = rows.flip(0).cumsum(0).flip(0)[1:], rows.cumsum(0)[:-1]
+    cost = sum(
+        n * (total / n.clamp_min(1)).clamp_min(1e-30).log() for n, total in ((count_after, after), (count, before))
+    )
+    if not len(before):
+        return []
+    edge = int(torch.as_tensor(cost).argmin()) + 1
+    return [n for n in range(edge, edge - AHEAD, -1) if n > 0]
 
 
 def mask(scene: Scene) -> Iterator[Trial]:

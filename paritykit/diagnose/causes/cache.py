@@ -26,12 +26,16 @@ from paritykit.diagnose.trial import Pattern, Trial
 
 FEW = 0.75
 """Share of positions up to which lost ones are a matter of slots, and not of what is written."""
+SHORTENED = 0.9
+"""Share of a case's difference that is left at most where it is said to have been shortened."""
 AGAINST = 0.05
 """Prior of a name for what points to another one."""
 
 
 def slot(scene: Scene) -> Iterator[Trial | Pattern]:
     """Positions that hold the same case's other positions, or nothing; blocks of the same case read for each other."""
+    if not scene.whole:
+        return
     held = held_by(scene)
     yield from _contents(scene, held, "slot")
     if held and 0 < _share(held, lambda h: h.lost) < FEW:
@@ -41,6 +45,8 @@ def slot(scene: Scene) -> Iterator[Trial | Pattern]:
 
 def block_table(scene: Scene) -> Iterator[Trial | Pattern]:
     """Blocks of other cases, held or read; fewer positions read than there are; NaN read from a cache that is right."""
+    if not scene.whole:
+        return
     yield from _contents(scene, held_by(scene), "table")
     yield from _blocks(scene, foreign=True)
     attention = mixing(scene)
@@ -57,6 +63,8 @@ def block_table(scene: Scene) -> Iterator[Trial | Pattern]:
 
 def stale(scene: Scene) -> Iterator[Trial | Pattern]:
     """What an earlier request left, under other tokens before it; a hit that is too long; blocks after preemption."""
+    if not scene.whole:
+        return
     held = held_by(scene)
     yield from _contents(scene, held, "stale")
     if _after_hit(scene, held):
@@ -176,12 +184,17 @@ def _best_length(scene: Scene, attention: Attention, case: str, lengths: list[in
     """The number of positions with which the candidate's rows of a case come out best; 0 for all of them."""
     theirs = scene.candidate(scene.point, case)
 
-    def error(rows: torch.Tensor) -> float:
-        return float((theirs - rows).nan_to_num().norm())
+    ours = scene.reference(scene.point, case)
 
-    tried = {n: error(_cut(attention, case, n)) for n in lengths if n < scene.length(case)}
+    def left(rows: torch.Tensor) -> float:
+        """Share of the difference that is left, with as much of this effect as comes nearest."""
+        effect, difference = (rows - ours).nan_to_num().double(), (theirs - ours).nan_to_num().double()
+        share = (effect * difference).sum() / effect.pow(2).sum().clamp_min(1e-300)
+        return float((difference - share * effect).norm() / difference.norm().clamp_min(1e-300))
+
+    tried = {n: left(_cut(attention, case, n)) for n in lengths if n < scene.length(case)}
     best = min(tried, key=tried.__getitem__, default=0)
-    return best if tried and tried[best] < 0.5 * error(scene.reference(scene.point, case)) else 0
+    return best if tried and tried[best] < SHORTENED else 0
 
 
 def _cut(attention: Attention, case: str, length: int) -> torch.Tensor:

@@ -32,23 +32,37 @@ def caps(
     for cap in dict.fromkeys([*(float(c) for c in named if isinstance(c, int | float)), *USUAL_CAPS]):
         if cap != own:
             yield Trial(f"with {what} capped at {cap:g} {told}", partial(predict, cap))
-    best = fitted(scene, predict, low=0.3, high=300.0)
+    best = fitted(scene, predict, name=f"cap of {what}", low=0.3, high=300.0)
     yield Trial(f"with {what} capped at {best:.4g} {told}", partial(predict, best), free=1)
 
 
-def fitted(scene: Scene, predict: Callable[[float, str], torch.Tensor], *, low: float, high: float) -> float:
+def fitted(scene: Scene, predict: Callable[[float, str], torch.Tensor], *, name: str, low: float, high: float) -> float:
     """The number between ``low`` and ``high`` whose prediction is nearest to the candidate, by golden section of logs.
 
-    Two cases are enough to find it.
+    Two cases are enough to find it, or the part of them that was looked at first.
     """
-    target = {c: scene.candidate(scene.point, c) for c in scene.cases[:2]}
+    if name not in scene.fits:
+        target = {c: scene.candidate(scene.point, c) for c in scene.cases[:2]}
 
-    def error(log: float) -> float:
-        parts = [(predict(math.exp(log), c) - t).nan_to_num().double().norm() ** 2 for c, t in target.items()]
-        return float(torch.stack(parts).sum())
+        def error(log: float) -> float:
+            parts = [(predict(math.exp(log), c) - t).nan_to_num().double().norm() ** 2 for c, t in target.items()]
+            return float(torch.stack(parts).sum())
 
-    a, b = math.log(low), math.log(high)
+        scene.fits[name] = math.exp(smallest(error, math.log(low), math.log(high)))
+    return scene.fits[name]
+
+
+def smallest(error: Callable[[float], float], a: float, b: float) -> float:
+    """Where ``error`` is smallest between ``a`` and ``b``, by golden section: each step computes it once."""
+    c, d = b - GOLDEN * (b - a), a + GOLDEN * (b - a)
+    at_c, at_d = error(c), error(d)
     for _ in range(ROUNDS):
-        c, d = b - GOLDEN * (b - a), a + GOLDEN * (b - a)
-        a, b = (a, d) if error(c) < error(d) else (c, b)
-    return math.exp((a + b) / 2)
+        if at_c < at_d:
+            b, d, at_d = d, c, at_c
+            c = b - GOLDEN * (b - a)
+            at_c = error(c)
+        else:
+            a, c, at_c = c, d, at_d
+            d = a + GOLDEN * (b - a)
+            at_d = error(d)
+    return (a + b) / 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from paritykit.diagnose.bench.linear import Linear, linear_of
+from paritykit.diagnose.bench.norm import Norm, norm_of
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
@@ -24,6 +26,9 @@ def rounding(scene: Scene) -> Iterator[Trial]:
     for half in HALVES:
         name = str(half).removeprefix("torch.")
         yield Trial(f"rounded to {name}", partial(_representable, scene, half))
+        norm = norm_of(scene, scene.module) if not scene.port else None
+        if norm is not None:
+            yield Trial(f"with the norm computed in {name}", partial(_norm, norm, half))
         linear = linear_of(scene, scene.module) if not scene.port else None
         if linear is not None:
             yield Trial(f"with a weight rounded to {name}", partial(_linear, linear, half, inputs=False))
@@ -41,6 +46,13 @@ def _representable(scene: Scene, half: torch.dtype, case: str) -> torch.Tensor:
     usual = ours.pow(2).mean(1, keepdim=True).sqrt()
     near = (rounded - ours).abs() <= step * torch.maximum(ours.abs(), usual)
     return torch.where(near, rounded, ours)
+
+
+def _norm(norm: Norm, half: torch.dtype, case: str) -> torch.Tensor:
+    x, scene = norm.scene.input_of(norm.module, case), norm.scene
+    bias = None if norm.bias is None else norm.bias.to(half)
+    narrow = replace(norm, weight=norm.weight.to(half), bias=bias).output(x.to(half))
+    return scene.reference(scene.point, case) + narrow.to(x.dtype) - norm.output(x)
 
 
 def _linear(linear: Linear, half: torch.dtype, case: str, *, inputs: bool) -> torch.Tensor:

@@ -37,6 +37,9 @@ def lm_head(scene: Scene) -> Iterator[Trial | Pattern]:
         return
     step = turned_by(scene)
     size = scene.width(scene.point)
+    for way, told in ((1, "on"), (-1, "back")):
+        label = f"with every logit 1 token further {told}"
+        yield Trial(label, lambda case, way=way: scene.reference(scene.point, case).roll(way, dims=1))  # type: ignore[misc]
     if step and (scene.ranks < 2 or min(step, size - step) <= 2):
         label = f"with every logit {min(step, size - step)} token(s) further {'on' if step < size - step else 'back'}"
         yield Trial(label, lambda case: scene.reference(scene.point, case).roll(step, dims=1))
@@ -63,6 +66,10 @@ def vocab_shard(scene: Scene) -> Iterator[Trial]:
                 label = f"with tokens from {edge} on, where a rank's part begins, looked up {step:+d}"
                 yield Trial(label, partial(_shifted, lookup, edge, step))
     if of_head(scene) and scene.ranks > 1:
+        part = scene.width(scene.point) // scene.ranks
+        for rank in range(1, scene.ranks):
+            label = f"with the ranks' parts of the vocabulary joined {rank} place(s) further on"
+            yield Trial(label, lambda case, n=rank * part: scene.reference(scene.point, case).roll(n, dims=1))  # type: ignore[misc]
         step, size = turned_by(scene), scene.width(scene.point)
         if min(step, size - step) > 2:
             label = f"with parts of the vocabulary joined in another order, {step} tokens further on,"

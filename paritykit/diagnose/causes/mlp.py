@@ -13,6 +13,12 @@ from paritykit.diagnose.bench.calibrate import reproduces
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
+STEPS, ROUNDS = 12, 8
+"""Limits that are tried at once, between the nearest of those before."""
+LOWEST = 0.5
+QUANTILES = 1 << 24
+"""Numbers of which torch gives quantiles."""
+
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 ACTIVATIONS: dict[str, Function] = {
@@ -79,15 +85,12 @@ def _clamped(scene: Scene, name: str, gate: str, other: str) -> Iterator[Trial]:
     """The limit above which the candidate's numbers grow no more: the smallest gate that gives another result."""
     if other:
         return
-    x = torch.cat([scene.reference(gate, c) for c in scene.cases])
-    ours = torch.cat([scene.reference(scene.point, c) for c in scene.cases])
-    theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases])
-    wrong = (theirs - ours).abs() > scene.allowed.position * ours.pow(2).mean().sqrt()
-    if not wrong.any():
-        return
+    x = torch.cat([scene.reference(gate, c) for c in scene.cases]).double()
+    ours = torch.cat([scene.reference(scene.point, c) for c in scene.cases]).double()
+    theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
+    rows = theirs.isfinite().all(1)
+    limit = _limit(ACTIVATIONS[name], x[rows], (theirs - ours)[rows])
     function = ACTIVATIONS[name]
-    top = float(theirs[wrong].max())
-    limit = _inverse(function, top, low=float(x[wrong].min()) - 1.0, high=float(x.max()))
     for value in dict.fromkeys([round(limit, 2), limit]):
         free = 0 if value == round(limit, 2) else 1
         label = f"with the gate clamped at {value:g}"
@@ -96,10 +99,18 @@ def _clamped(scene: Scene, name: str, gate: str, other: str) -> Iterator[Trial]:
         yield Trial(label, lambda case, v=value: function(scene.reference(gate, case).clamp(-v, v)), free=free)  # type: ignore[misc]
 
 
-def _inverse(function: Function, value: float, *, low: float, high: float) -> float:
-    """Where a function that grows reaches ``value``, by bisection."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        grown = float(function(torch.tensor(middle, dtype=torch.float64)))
-        low, high = (middle, high) if grown < value else (low, middle)
-    return (low + high) / 2
+def _limit(function: Function, x: torch.Tensor, difference: torch.Tensor) -> float:
+    """The limit of ``x`` whose effect is most like the difference, whatever the share of it."""
+
+    def alike(limit: float) -> float:
+        effect = function(x.clamp(max=limit)) - function(x)
+        size = float(effect.norm() * difference.norm())
+        return float((effect * difference).sum()) / size if size else 0.0
+
+    low, high = float(x.quantile(LOWEST)) if x.numel() <= QUANTILES else float(x.mean()), float(x.max())
+    for _ in range(ROUNDS):
+        tried = torch.linspace(low, high, STEPS).tolist()
+        best = max(tried, key=alike)
+        step = (high - low) / (STEPS - 1)
+        low, high = best - step, best + step
+    return float(best)

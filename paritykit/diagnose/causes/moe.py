@@ -20,6 +20,8 @@ OVER = 4
 """Features that there are at least for each expert whose share is solved for."""
 COUNTS = 1e-3
 """A share that is smaller is none."""
+NOISY = 8.0
+"""Noise floors by which shares that are solved for may be off."""
 PARTS = ("gate", "up", "down")
 
 
@@ -51,7 +53,7 @@ def routing(scene: Scene) -> Iterator[Trial]:
     if told and not _same_choice(mixture):
         share = _wrongly_routed(mixture)
         label = f"with the shares that the candidate's output shows, other experts for {share:.0%} of the tokens,"
-        yield Trial(label, lambda case: mixture.mixed(case, solved(mixture, case)), free=1)
+        yield Trial(label, lambda case: mixture.mixed(case, solved(mixture, case)), free=2)
 
 
 def _exchanged(mixture: Mixture, one: int, other: int, case: str) -> torch.Tensor:
@@ -61,10 +63,8 @@ def _exchanged(mixture: Mixture, one: int, other: int, case: str) -> torch.Tenso
 
 
 def _exchanged_parts(mixture: Mixture) -> Iterator[Trial]:
-    """Gates, ups or downs of two experts exchanged, where only tokens of these two are wrong."""
-    suspects = wrong_experts(mixture)
-    if len(suspects) != 2:
-        return
+    """Gates, ups or downs of two experts exchanged: those whose tokens are most wrong."""
+    suspects = most_wrong(mixture)
     order = list(range(mixture.weights[0].shape[0]))
     order[suspects[0]], order[suspects[1]] = suspects[1], suspects[0]
     for number, part in enumerate(PARTS):
@@ -93,8 +93,14 @@ def _choices(mixture: Mixture, case: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _wrongly_routed(mixture: Mixture) -> float:
     """Share of the tokens that another set of experts is mixed for."""
-    wrong = [((a.abs() > COUNTS) != (b.abs() > COUNTS)).any(1) for a, b in _all_choices(mixture)]
+    least = smallest(mixture)
+    wrong = [((a.abs() > least) != (b.abs() > least)).any(1) for a, b in _all_choices(mixture)]
     return float(torch.cat(wrong).double().mean())
+
+
+def smallest(mixture: Mixture) -> float:
+    """The smallest share that is told from none."""
+    return max(COUNTS, NOISY * mixture.scene.floor)
 
 
 def _all_choices(mixture: Mixture) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -105,7 +111,7 @@ def _same_choice(mixture: Mixture) -> bool:
     """Whether the candidate's shares are the reference's but for one factor in each row."""
     for found, right in _all_choices(mixture):
         factor = (found * right).sum(1, keepdim=True) / right.pow(2).sum(1, keepdim=True).clamp_min(1e-30)
-        if not torch.allclose(found, factor * right, atol=COUNTS):
+        if not torch.allclose(found, factor * right, atol=smallest(mixture)):
             return False
     return True
 
@@ -125,12 +131,10 @@ def shares(scene: Scene) -> Iterator[Trial]:
     ):
         if other != own:
             yield Trial(label, lambda case, o=other: mixture.mixed(case, o.shares(mixture.logits(case))))  # type: ignore[misc]
-    if not _same_choice(mixture):
-        return
     factors = torch.cat([a.sum(1) / b.sum(1) for a, b in _all_choices(mixture)])
     factor = float(factors.median())
-    if abs(factor - 1) > COUNTS:
-        label = f"with the experts' output multiplied by {factor:.4g}"
+    if factor != 1:
+        label = f"with the experts' output multiplied by {factor:.6g}"
         yield Trial(label, lambda case: mixture.mixed(case, factor * own.shares(mixture.logits(case))), free=1)
 
 
@@ -203,6 +207,17 @@ def wrong_experts(mixture: Mixture) -> list[int]:
         cleared |= chosen[right].any(0)
         used |= chosen.any(0)
     return [] if not cleared.any() else (used & ~cleared).nonzero().flatten().tolist()
+
+
+def most_wrong(mixture: Mixture) -> list[int]:
+    """The two experts whose tokens are most wrong, from each row's error and what share of it was whose."""
+    scene = mixture.scene
+    shares_of = torch.cat([mixture.choice.shares(mixture.logits(c)) for c in scene.cases]).double()
+    error = torch.cat([scene.candidate(scene.point, c) - scene.reference(scene.point, c) for c in scene.cases])
+    rows = error.isfinite().all(1)
+    energy = error[rows].double().pow(2).sum(1)
+    found = torch.linalg.lstsq(shares_of[rows].pow(2), energy[:, None]).solution.flatten()
+    return sorted(found.topk(min(2, len(found))).indices.tolist())
 
 
 def one_expert(scene: Scene) -> Iterator[Pattern]:

@@ -8,20 +8,23 @@ from functools import partial
 
 import torch
 
-from paritykit.captures.manifest import point_key
 from paritykit.diagnose.bench.attention import Attention, attention_of, rotary_dims
 from paritykit.diagnose.bench.rotation import Rotation, as_pairs, base_of, bases_in, measure, powers
+from paritykit.diagnose.causes.attention import chunk_starts, first_wrong
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
 USUAL_BASES = (10000.0, 500000.0, 1000000.0, 100000.0, 8000000.0, 150000.0)
 NEAR_INTEGER = 1e-3
+NO_MAGNITUDE = 1e-7
+"""Of cos and sin, how far from the reference's a magnitude is none."""
 
 
 def rotated(scene: Scene) -> Attention | None:
     """The attention around the scene's point, where that is keys or what attention makes of them."""
     found = attention_of(scene)
-    return None if found is None or scene.port == "value_cache" else found
+    cached = scene.port in ("key_cache", "value_cache")
+    return None if found is None or (cached and scene.point != found.form.turned) else found
 
 
 def predict(attention: Attention, case: str, rotation: Rotation, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,11 +56,10 @@ def candidates(scene: Scene, attention: Attention) -> Rotation | None:
 
 
 def _measured(scene: Scene, attention: Attention) -> Rotation | None:
-    key = point_key(attention.module, port="key_cache")
-    own = attention.rotation
+    key, own = attention.form.turned, attention.rotation
     if key not in scene.rules or not own.dims:
         return None
-    before = torch.cat([attention.plain(c)[1] for c in scene.cases])
+    before = torch.cat([attention.form.unturned(c) for c in scene.cases])
     after = torch.cat([scene.candidate(key, c) for c in scene.cases]).reshape(before.shape)
     positions = torch.cat([torch.arange(scene.length(c)) for c in scene.cases])
     rows = after.isfinite().all(-1).all(-1)
@@ -133,15 +135,18 @@ def scaling(scene: Scene) -> Iterator[Trial]:
         if not torch.allclose(plain.double(), own.frequencies.double(), rtol=1e-3):
             label = f"with the plain frequencies of base {value:g}, unscaled,"
             yield from with_rotation(attention, label, replace(own, frequencies=plain))
+            label = f"with the frequencies of base {value:g} scaled twice"
+            twice = own.frequencies**2 / plain.to(own.frequencies)
+            yield from with_rotation(attention, label, replace(own, frequencies=twice))
     if measured is None:
         return
     factors = measured.frequencies / own.frequencies.double().clamp_min(1e-30)
     factor = float(factors.median())
-    if abs(factor - 1) > 1e-4 and factor > 0:
-        label = f"with rotary frequencies {factor:.4g} times the reference's"
+    if abs(factor - 1) > 1e-7 and factor > 0:
+        label = f"with rotary frequencies {factor:.6g} times the reference's"
         yield from with_rotation(attention, label, replace(own, frequencies=own.frequencies * factor), free=1)
-    if abs(measured.magnitude - own.magnitude) > 1e-4:
-        label = f"with cos and sin multiplied by {measured.magnitude / own.magnitude:.4g}"
+    if abs(measured.magnitude - own.magnitude) > NO_MAGNITUDE:
+        label = f"with cos and sin multiplied by {measured.magnitude / own.magnitude:.8g}"
         yield from with_rotation(attention, label, replace(own, magnitude=measured.magnitude), free=1)
     yield from with_rotation(
         attention,
@@ -156,23 +161,22 @@ def positions(scene: Scene) -> Iterator[Trial]:
     attention = rotated(scene)
     if attention is None or not attention.rotation.dims:
         return
-    own, key = attention.rotation, point_key(attention.module, port="key_cache")
-    if key in scene.rules:
+    own = attention.rotation
+    if attention.form.turned in scene.rules:
         found = {c: found_positions(scene, attention, c) for c in scene.cases}
         label = f"with {shift_words(scene, found)}"
         yield Trial(label, lambda case: predict(attention, case, own, found[case]), free=1)
-    if scene.port == "key_cache":
-        return
-    for text, change in _usual_shifts(scene):
-        for side, whose in ((None, ""), (0, " of queries only,")):
-            yield Trial(f"{text}{whose}", partial(_shifted, scene, attention, change, side))
+    sides = ((None, ""),) if scene.port == "key_cache" else ((None, ""), (0, " of queries only,"))
+    for text, change, fitted in _usual_shifts(scene):
+        for side, whose in sides:
+            yield Trial(f"{text}{whose}", partial(_shifted, scene, attention, change, side), free=fitted)
 
 
 def found_positions(scene: Scene, attention: Attention, case: str) -> torch.Tensor:
     """The position that each key of the candidate's cache was rotated for; its own where that is not known."""
     own, place = attention.rotation, torch.arange(scene.length(case))
-    before = attention.plain(case)[1]
-    after = scene.candidate(point_key(attention.module, port="key_cache"), case).reshape(before.shape)
+    before = attention.form.unturned(case)
+    after = scene.candidate(attention.form.turned, case).reshape(before.shape)
     z = as_pairs(before.double(), own.dims, interleaved=own.interleaved)
     turned = as_pairs(after.double().nan_to_num(), own.dims, interleaved=own.interleaved)
     sums = (turned * z.conj()).sum(1)
@@ -203,23 +207,34 @@ def shift_words(scene: Scene, found: dict[str, torch.Tensor]) -> str:
     return f"other positions of {where}: {first} becomes {int(places[first])}, {last} becomes {int(places[last])}"
 
 
-Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _usual_shifts(scene: Scene) -> Iterator[tuple[str, Change]]:
-    """Mistakes with positions, of a token's position and whether it is decoded."""
-    yield "with positions of decoded tokens +1", lambda p, late: p + late
-    yield "with positions of decoded tokens -1", lambda p, late: p - late
+def _usual_shifts(scene: Scene) -> Iterator[tuple[str, Change, int]]:
+    """Mistakes with positions, of a token's position, its step of decode from 1 on, and the start of its chunk.
+
+    With each how many numbers of it were read off the candidate.
+    """
+    yield "with positions of decoded tokens +1", lambda p, step, _: p + (step > 0), 0
+    yield "with positions of decoded tokens -1", lambda p, step, _: p - (step > 0).long(), 0
+    yield "with positions of decoded tokens one further with every step", lambda p, step, _: p + step, 0
+    yield "with positions that start anew in every chunk of a prompt", lambda p, _, start: p - start, 0
     window = scene.config.get("sliding_window")
-    if isinstance(window, int):
-        for size in (window, window - 1):
-            text = f"with positions of decoded tokens at most {size}"
-            yield text, lambda p, late, size=size: torch.where(late.bool(), p.clamp(max=size), p)  # type: ignore[misc]
+    for size in (window, window - 1) if isinstance(window, int) else ():
+        text = f"with positions of decoded tokens at most {size}"
+        yield text, lambda p, step, _, size=size: torch.where(step > 0, p.clamp(max=size), p), 0  # type: ignore[misc]
+    for size in first_wrong(scene)[:1]:
+        yield f"with positions that start anew at {size}", lambda p, _, __, size=size: p % size, 1  # type: ignore[misc]
+        text = f"with positions of at most {size - 1}"
+        yield text, lambda p, _, __, size=size: p.clamp(max=size - 1), 1  # type: ignore[misc]
 
 
 def _shifted(scene: Scene, attention: Attention, change: Change, side: int | None, case: str) -> torch.Tensor:
-    place = torch.arange(scene.length(case))
-    other = change(place, (place >= scene.prompt(case)).long())
+    place, prompt = torch.arange(scene.length(case)), scene.prompt(case)
+    start = torch.where(place < prompt, chunk_starts(scene, case), 0)
+    other = change(place, (place - prompt + 1).clamp(min=0), start)
+    if scene.port == "key_cache":
+        return predict(attention, case, attention.rotation, other)
     wrong = attention.turned(case, positions=other)
     right = attention.turned(case)
     heads = wrong if side is None else (wrong[0], right[1], right[2])

@@ -14,6 +14,8 @@ from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Trial
 
 CLOSE = 1e-4
+"""Relative error up to which a factor is taken for a number that is known."""
+ONE = 1e-9
 SMALLEST = 1e-3
 """Below it the output is rather missing than scaled."""
 
@@ -25,8 +27,10 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
     rows = theirs.isfinite().all(1) & ours.isfinite().all(1)
     factor = ratio(ours[rows], theirs[rows])
     # A sum over ranks made twice, or shares of experts, give a factor too, and are then the likelier mistake.
-    prior = 0.1 if row_parallel(scene) or "Experts" in scene.kind(scene.module) else 1.0
-    if abs(factor) > SMALLEST and abs(factor - 1) > CLOSE:
+    # So does a magnitude of cos and sin, where keys alone are scaled.
+    other = row_parallel(scene) or "Experts" in scene.kind(scene.module) or scene.port == "key_cache"
+    prior = 0.1 if other else 1.0
+    if abs(factor) > SMALLEST and abs(factor - 1) > ONE:
         text, free = named(factor, scene.config)
         label = f"multiplied by {text}"
         yield Trial(label, lambda case: scene.reference(scene.point, case) * factor, free=free, prior=prior)
@@ -35,7 +39,7 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
         bias = linear.bias
         inner = ratio(ours[rows] - bias, theirs[rows] - bias)
         text, free = named(inner, scene.config)
-        if abs(inner) > SMALLEST and abs(inner - 1) > CLOSE:
+        if abs(inner) > SMALLEST and abs(inner - 1) > ONE:
             label = f"with the product before the bias multiplied by {text}"
             yield Trial(
                 label, lambda case: (scene.reference(scene.point, case) - bias) * inner + bias, free=free, prior=prior
@@ -52,7 +56,7 @@ def named(factor: float, config: Mapping[str, Any]) -> tuple[str, int]:
     for name, value in known_numbers(config).items():
         if value and abs(factor - value) <= CLOSE * abs(value):
             return f"{factor:.4g} = {name}", 0
-    return f"{factor:.5g}", 1
+    return (f"{factor:.5g}" if abs(factor - 1) > CLOSE else f"1 {factor - 1:+.2g}"), 1
 
 
 def known_numbers(config: Mapping[str, Any]) -> dict[str, float]:

@@ -82,12 +82,16 @@ TABLE: tuple[dict[str, Any], ...] = (
         "code": "PK106",
         "name": "position-shift",
         "what": "Tokens get other positions than their own.",
-        "tested": "For every token the position is found whose rotation gives the candidate's key.",
+        "tested": (
+            "For every token the position is found whose rotation gives the candidate's key; and all are rotated as "
+            "they lie in memory, from token to token at the distance of heads."
+        ),
         "look": (
-            "Positions of decoded tokens, of later chunks of a prompt, beyond the rotary table, and of padded rows."
+            "Positions of decoded tokens, of later chunks of a prompt, beyond the rotary table, and of padded rows; "
+            "shape and strides of what a rotary kernel is handed."
         ),
         "seen": ("vLLM #2088", "vLLM #37884", "vLLM #10388"),
-        "tests": ("rotary:positions",),
+        "tests": ("rotary:positions", "strides:head_strides"),
     },
     {
         "code": "PK107",

@@ -35,12 +35,16 @@ def row_parallel(scene: Scene) -> bool:
     return scene.ranks > 1 and rule is not None and len({b.rank for b in rule.blocks}) > 1
 
 
-def bias_missing(scene: Scene) -> Iterator[Trial]:
+def bias_missing(scene: Scene) -> Iterator[Trial | Pattern]:
     """The output without its bias."""
     linear = own(scene)
     if linear is not None and linear.bias is not None:
         bias = linear.bias
         yield Trial("without the bias", lambda case: scene.reference(scene.point, case) - bias)
+        if all_nan(scene):
+            yield Pattern(
+                f"{scene.module} gives NaN or Inf: its bias holds what memory held, if its weight does not", 0.4
+            )
 
 
 def bias_doubled(scene: Scene) -> Iterator[Trial]:
@@ -235,14 +239,18 @@ def _unlike(scene: Scene) -> Iterator[Pattern]:
     if is_head(scene, scene.module):
         return
     share = unlike_share(scene)
-    theirs = torch.cat([scene.candidate(scene.point, c)[scene.present(scene.point, c)] for c in scene.cases])
-    if share is None and not theirs.isfinite().any():
+    if share is None and all_nan(scene):
         yield Pattern(f"{scene.module} gives NaN or Inf: its weight holds what memory held", 0.7)
     elif share is not None and share > 0.9:
         text = f"{share:.0%} of the features of {scene.module} are not like the reference's anywhere"
         yield Pattern(
             f"{text}: its weight is not the checkpoint's, nor that of a layer nearby, nor in another order", 0.7
         )
+
+
+def all_nan(scene: Scene) -> bool:
+    """Whether nothing that the candidate shows of the scene's point is a number."""
+    return not any(scene.candidate(scene.point, c)[scene.present(scene.point, c)].isfinite().any() for c in scene.cases)
 
 
 def unlike_share(scene: Scene) -> float | None:
