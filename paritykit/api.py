@@ -79,6 +79,8 @@ def run(
     engine_args: Mapping[str, Any] | None = None,
     reference_args: Mapping[str, Any] | None = None,
     map_file: str | os.PathLike[str] | None = None,
+    floor: bool = True,
+    explain: bool = True,
     progress: Progress | None = None,
 ) -> ParityRun:
     """What ``paritykit run`` does, with its defaults: both engines by name, in processes of their own.
@@ -87,12 +89,14 @@ def run(
 
         pk.run("tiny:qwen2", candidate="nano", checks=["batching"], cases=pk.cases("len-17+4")).raise_on_failure()
 
-    ``engine_args`` go to the candidate. Raises UsageError for what cannot be, EngineError if an engine does not run.
+    ``engine_args`` go to the candidate. Without ``floor`` no noise floor is measured, without ``explain`` no modules
+    are replayed and no causes looked for. Raises UsageError for what cannot be, EngineError if an engine does not run.
     """
     given = {"candidate": candidate, "reference": reference, "dtype": dtype, "reference_dtype": reference_dtype}
+    told = given if floor else {**given, "floor": False}
     plan = make_plan(
         os.fspath(model),
-        given=given,
+        given=told,
         checks=checks,
         case_names=cases.names if cases else (),
         fixed=cases.fixed if cases else (),
@@ -100,6 +104,7 @@ def run(
         reference_args=reference_args,
         tensor_parallel_size=tensor_parallel_size,
         map_file=map_file,
+        explain=explain,
     )
     names = cases.names if cases else plan.case_names
     with plan.open(progress=progress) as session:

@@ -145,7 +145,8 @@ class ParitySession:
                 parts.mkdir(mode=0o700, exist_ok=True)
                 findings = self._findings + [f for a in held for f in a.findings]
                 cases = [_case_info(c) for h in self._held.values() for c in h.failing]
-                whole = self._assemble(list(self._coverage), coverage, findings, self._weights, cases=cases)
+                names = list(dict.fromkeys([*self._coverage, *self._held]))
+                whole = self._assemble(names, coverage, findings, self._weights, cases=cases)
                 write_jsonl(whole, parts / f"{uuid.uuid4().hex}.jsonl")
         finally:
             self._session.close()

@@ -15,55 +15,46 @@ from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.twin import read_at_once
 from paritykit.config import load_config
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
+from paritykit.reference import ABOVE
 from paritykit.results import Results
 from paritykit.runner import compare_captures
-from paritykit.testing import tiny_config, tiny_model
 from paritykit.testing.faults import Fault, planted
+from paritykit.testing.scoreboard.models import LAYERS, VOCABULARY, model_of
+from paritykit.testing.scoreboard.models import MODELS as EVERY
+from paritykit.testing.scoreboard.models import homes as every_home
 
-LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2": ("qwen2", {}),
-    "llama": ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
-    "llama_tied": ("llama_tied", {"rope_parameters": LINEAR_ROPE}),
-    "mistral": ("mistral", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3", {}),
-    "mixtral": ("mixtral", {}),
-}
+__all__ = ["LAYERS", "VOCABULARY", "model_of"]
+
+MODELS = {n: EVERY[n] for n in ("qwen2", "llama", "llama_tied", "mistral", "gemma2", "gemma3", "mixtral")}
 """Together they have everything that a fault may need; the names are for tests to speak of them."""
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 
 
 OTHERWISE = {"embedding-scale-missing": "model.layers.0"}
 """In nano the embedding's factor is outside of it."""
-LAYERS, VOCABULARY = 3, 499
-
-
-def model_of(name: str) -> Path:
-    family, overrides = MODELS[name]
-    return tiny_model(family, num_hidden_layers=LAYERS, **overrides)
 
 
 def homes(fault: Fault) -> dict[str, int]:
-    """The models that a fault fits, and the layer to plant it in: the second, where that can be."""
-    found = {}
-    for name, (family, overrides) in MODELS.items():
-        layers = fault.layers(tiny_config(family, num_hidden_layers=LAYERS, **overrides))
-        if layers:
-            found[name] = min(layers, key=lambda n: abs(n - 1))
-    return found
+    """The models that the fault fits, and the layer to plant it in: the second, where that can be."""
+    return every_home(fault, MODELS)
 
 
 @dataclass
 class Ground:
-    """Open engines, at most ``room`` of them, and clean captures, each made once."""
+    """Open engines in ``dtype``, at most ``room`` of them, and clean captures, each made once.
+
+    ``floor``: the reference is the truth, one precision above, beside a twin, as in a run; otherwise float32 alone.
+    """
 
     folder: Path
     kind: type[Any] = NanoEngine
     room: int = 1000
+    dtype: str = "float32"
+    floor: bool = False
     engines: dict[str, Any] = field(default_factory=dict)
     captures: dict[str, Capture] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -73,7 +64,7 @@ class Ground:
         if key not in self.engines:
             while len(self.engines) >= self.room:
                 self.engines.pop(next(iter(self.engines))).close()
-            self.engines[key] = self.kind(str(model), dtype="float32", provenance=False, **arguments)
+            self.engines[key] = self.kind(str(model), dtype=self.dtype, provenance=False, **arguments)
             self.engines[key].open()
         return self.engines[key]
 
@@ -86,9 +77,17 @@ class Ground:
 
     def reference(self, model: Path, cases: list[Case]) -> Capture:
         """What Hugging Face computes, and generates."""
-        key = f"hf{model}{cases}"
+        exact = {"dtype": ABOVE[self.dtype], "weights_dtype": self.dtype} if self.floor else {}
+        return self._hf(model, cases, **exact)
+
+    def twin(self, model: Path, cases: list[Case]) -> Capture | None:
+        """The same in the engines' dtype, fed what the reference generated; None where no floor is measured."""
+        return self._hf(model, [*cases, *read_at_once(cases)], dtype=self.dtype) if self.floor else None
+
+    def _hf(self, model: Path, cases: list[Case], **arguments: str) -> Capture:
+        key = f"hf{model}{arguments}{cases}"
         if key not in self.captures:
-            engine = HFEngine(str(model))
+            engine = HFEngine(str(model), **arguments)  # type: ignore[arg-type]
             engine.open()
             self.captures[key] = self.run(engine, cases)
             engine.close()
@@ -137,11 +136,17 @@ class Trial:
         return self.ground.captures[key]
 
     def compare(self, candidate: Capture) -> Results:
-        return compare_captures(self.reference, candidate, config=load_config({}, environ={}), explain=False)
+        return self._compared(candidate, explain=False)
 
     def explained(self, candidate: Capture) -> Results:
         """The same with causes."""
-        return compare_captures(self.reference, candidate, config=load_config({}, environ={}))
+        return self._compared(candidate, explain=True)
+
+    def _compared(self, candidate: Capture, *, explain: bool) -> Results:
+        twin = self.ground.twin(self.model, self.cases)
+        return compare_captures(
+            self.reference, candidate, twin=twin, config=load_config({}, environ={}), explain=explain
+        )
 
 
 def differences(

@@ -177,6 +177,17 @@ def test_two_models_have_a_report_each(project: Run, pytester: pytest.Pytester, 
         assert run.command.startswith(f"paritykit run {run.reference.model} --candidate hf --dtype auto --case one")
 
 
+def test_a_report_of_an_engine_against_itself_names_that_engine(
+    project: Run, pytester: pytest.Pytester, model: str
+) -> None:
+    """Though neither the candidate nor the reference was captured beside the other."""
+    pytester.makepyfile("def test_repeat(parity):\n    parity.explore('repeat')")
+    arguments = (f"--parity-model={model}", "--parity-candidate", "nano", "--parity-dtype", "float32")
+    project(*arguments, "--parity-jsonl", "p.jsonl").assert_outcomes(passed=1)
+    run = read_jsonl(pytester.path / "p.jsonl").run
+    assert (run.candidate.engine, run.checks) == ("nano", ["repeat"])
+
+
 def test_workers_share_one_report(project: Run, pytester: pytest.Pytester, model: str) -> None:
     engines(pytester)
     names = ("one", "short", "long-40", "long-200")

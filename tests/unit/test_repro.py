@@ -64,11 +64,11 @@ def test_without_a_workload_all_cases_stay_where_neighbours_matter() -> None:
 
 
 def test_python_says_what_the_command_says() -> None:
-    text = script(failing(f"{COMMAND} --tensor-parallel-size 2 --map r.toml", workload=["len-1"]))
+    text = script(failing(f"{COMMAND} --tensor-parallel-size 2 --map r.toml --no-floor", workload=["len-1"]))
     assert text.splitlines() == [
         "import paritykit as pk",
         "pk.run('m', candidate='nano', dtype='float32', map_file='r.toml', tensor_parallel_size=2, "
-        "engine_args={'kv': 'paged'}, checks=['batching'], cases=pk.cases('len-1')).raise_on_failure()",
+        "floor=False, engine_args={'kv': 'paged'}, checks=['batching'], cases=pk.cases('len-1')).raise_on_failure()",
     ]
 
 
@@ -78,9 +78,10 @@ def test_no_python_where_it_would_say_something_else(command: str) -> None:
 
 
 def test_a_plan_is_planned_again_by_its_command() -> None:
-    given = {"candidate": "nano", "dtype": "float32", "reference_dtype": "bfloat16"}
+    given: dict[str, Any] = {"candidate": "nano", "dtype": "float32", "reference_dtype": "bfloat16", "floor": False}
     arguments = FAULTS.get("rope-theta").arguments(layer=1)
-    plan = make_plan("tiny:qwen2", given=given, engine_args={"block_size": 3, **arguments}, tensor_parallel_size=2)
+    plan = make_plan("tiny:qwen2", given=given, engine_args={"block_size": 3, **arguments}, tensor_parallel_size=2,
+                     explain=False)  # fmt: skip
     words = command_of(plan, cases=["short"], checks=["modules"])
     assert shlex.split(shlex.join(words)) == words
     seen: dict[str, Any] = {}
@@ -94,6 +95,7 @@ def test_a_plan_is_planned_again_by_its_command() -> None:
     assert (seen["model"], seen["candidate"], seen["dtype"]) == ("tiny:qwen2", "nano", "float32")
     assert (seen["reference_dtype"], seen["tensor_parallel_size"]) == ("bfloat16", 2)
     assert (seen["case"], seen["check"]) == (("short",), ("modules",))
+    assert (seen["no_floor"], seen["no_explain"], seen["no_cache"]) == (True, True, False)
 
 
 def pk_command(function: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -63,7 +65,7 @@ def relu(site: Site) -> None:
 @fault("activation-of-another-family", cause="activation-kind", needs=(needs.DENSE,), **ACTIVATION)
 def other(site: Site) -> None:
     """The gate goes through silu or gelu, whichever the model has not."""
-    gelu = "gelu" in str(getattr(site.model.config, "activation", "") or site.model.config.hidden_act)
+    gelu = uses_gelu(site.model.config)
     site.on_activation(functional.silu if gelu else functional.gelu)
 
 
@@ -88,7 +90,7 @@ def exact(site: Site) -> None:
 )
 def clamped(site: Site) -> None:
     """The gate is clamped by a limit that another model of the family has."""
-    gelu = "gelu" in str(getattr(site.model.config, "activation", "") or site.model.config.hidden_act)
+    gelu = uses_gelu(site.model.config)
 
     def wrong(gate: torch.Tensor) -> torch.Tensor:
         limited = gate.clamp(max=1.5)
@@ -174,3 +176,15 @@ def bias_never_written(site: Site) -> None:
 def linear_in_half(site: Site) -> None:
     """One projection computes in bfloat16 in a float32 model."""
     site.on_output(site.block.mlp.down_proj, lambda right, *_: right.bfloat16().to(right.dtype))
+
+
+def uses_gelu(config: Any) -> bool:
+    """Whether a model's gate goes through a form of gelu, from nano's config or a Hugging Face one.
+
+    >>> from types import SimpleNamespace
+    >>> [uses_gelu(SimpleNamespace(**{name: "gelu"})) for name in ("activation", "hidden_act", "hidden_activation")]
+    [True, True, True]
+    >>> uses_gelu(SimpleNamespace(hidden_act="silu"))
+    False
+    """
+    return any("gelu" in str(getattr(config, n, "")) for n in ("activation", "hidden_activation", "hidden_act"))

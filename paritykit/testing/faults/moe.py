@@ -47,8 +47,8 @@ def too_few(site: Site) -> None:
     count = chosen(site)
 
     def wrong(run: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        last = logits.topk(count, dim=-1).indices[..., -1:]
-        found: torch.Tensor = run(x, logits.scatter(-1, last, -40.0))
+        best, places = logits.topk(count - 1, dim=-1)
+        found: torch.Tensor = run(x, torch.full_like(logits, -40.0).scatter(-1, places, best))
         return found
 
     site.on_experts(wrong)
