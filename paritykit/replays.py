@@ -16,6 +16,7 @@ from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
 from paritykit.comparison.routing import find_routers
 from paritykit.diagnose.replay import Descent, Look, Place, Replayed, refine
+from paritykit.diagnose.slices import find_slices
 from paritykit.diagnose.tree import Tree
 from paritykit.engines.base import Progress
 from paritykit.errors import ParityError
@@ -103,8 +104,16 @@ class Replays:
             depth = order - max((o for o in orders if o < order), default=0)
             for case in cases:
                 rule = self._rules[key]
-                found[case, key] = measure_point(again, rule, case, check="replay", depth=depth)
+                found[case, key] = self._sliced(measure_point(again, rule, case, check="replay", depth=depth), capture)
         return found
+
+    def _sliced(self, finding: Finding, capture: Capture) -> Finding:
+        """``finding`` with the part of its point that is wrong, if it is a part."""
+        if finding.verdict != "fail":
+            return finding
+        rule, reference = self._rules[finding.point], self._subject.reference
+        found = find_slices(finding, rule, reference=reference, candidate=capture)
+        return msgspec.structs.replace(finding, slices=found)
 
 
 def with_neighbours(capture: Capture, cases: Iterable[str]) -> list[Case]:

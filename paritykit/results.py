@@ -93,6 +93,28 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Slice(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a point that is wrong, where the rest is right: ``which`` (inclusive ranges) of ``of`` along ``axis``.
+
+    ``axis``: ``ranks``, ``heads``, ``elements of each head``, ``features`` or ``experts``.
+    """
+
+    axis: str
+    which: list[tuple[int, int]]
+    of: int
+
+    def describe(self) -> str:
+        """The part in words.
+
+        >>> Slice(axis="heads", which=[(0, 0), (2, 3)], of=4).describe()
+        'heads 0, 2-3 of 4'
+        """
+        shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.which)
+        one = len(self.which) == 1 and self.which[0][0] == self.which[0][1]
+        first, _, rest = self.axis.partition(" ")
+        return f"{first.removesuffix('s') if one else first} {shown} of {self.of}{f' {rest}' if rest else ''}"
+
+
 class Local(msgspec.Struct, frozen=True, kw_only=True):
     """A point's error where its module ran on the reference's own values, judged like any other.
 
@@ -120,7 +142,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     beyond tolerance. ``needs`` is the smallest ``factor`` (of the noise floor) or ``tolerance`` that would pass, as a
     policy says it. ``condition`` says how the engine ran, where a check holds it against itself, and ``workload`` names
     all cases that ran, where these are not those of the run. ``local`` is its error on the reference's own values,
-    where the modules were replayed.
+    where the modules were replayed. ``slices`` say which part of it is wrong, where that was looked for and is a part.
     """
 
     check: str
@@ -150,6 +172,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     shape: list[int] = []
     dtypes: tuple[str, str] | None = None
     local: Local | None = None
+    slices: list[Slice] = []
 
 
 class WeightRow(msgspec.Struct, frozen=True, kw_only=True, tag="weight"):

@@ -6,6 +6,7 @@ import torch
 
 from paritykit.diagnose.bench.attention import attention_module
 from paritykit.diagnose.scene import Scene
+from paritykit.diagnose.slices import Errors, axes_of, feature_slices
 from paritykit.diagnose.trial import Bar
 
 
@@ -47,15 +48,13 @@ def _meeting(scene: Scene, bar: Bar, positions: torch.Tensor) -> str:
 
 
 def _features(scene: Scene, ref: torch.Tensor, cand: torch.Tensor, scale: torch.Tensor) -> str:
+    """Which part of the features is wrong, or how many are."""
+    errors = Errors(ref.shape[1])
+    errors.update(0, ref, cand)
+    axes = axes_of(scene.reference_capture.manifest, scene.points[scene.point], scene.rules[scene.point])
+    told = [s.describe() for s in feature_slices(errors, axes, allowed=scene.allowed.whole)]
+    if told:
+        return ", ".join(told)
     per_feature = (cand - ref).pow(2).mean(0).sqrt()
     limit = scene.allowed.whole * float(scale.double().mean()) / ref.shape[1] ** 0.5
-    wrong = (per_feature > limit).nonzero().flatten()
-    text = f"{len(wrong)} of {ref.shape[1]} features"
-    if 0 < len(wrong) <= 3:
-        return f"{text} ({', '.join(map(str, wrong.tolist()))})"
-    if scene.ranks > 1 and ref.shape[1] % scene.ranks == 0:
-        part = ref.shape[1] // scene.ranks
-        ranks = sorted({int(n) // part for n in wrong})
-        if len(ranks) < scene.ranks:
-            return f"{text}, those of rank {', '.join(map(str, ranks))}"
-    return text
+    return f"{int((per_feature > limit).sum())} of {ref.shape[1]} features"

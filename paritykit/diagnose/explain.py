@@ -7,7 +7,6 @@ are scored). What fits is named, at most three causes; where nothing does, cause
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ import torch
 
 from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
-from paritykit.comparison.floor import DEGREES, FACTOR, chance, half_ulp
-from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, coarser, fallback
 from paritykit.diagnose.catalogue import UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
+from paritykit.diagnose.limits import allowed_of, pooled_floor
 from paritykit.diagnose.scene import ReadTensor, Scene
 from paritykit.diagnose.screening import ODD, Named, screen
+from paritykit.diagnose.slices import find_slices
 from paritykit.diagnose.trial import Bar, Pattern
 from paritykit.mapping.rules import Rule
-from paritykit.results import Cause, Finding
+from paritykit.results import Cause, Finding, Slice
 
 log = logging.getLogger(__name__)
 SHOWN = 3
@@ -52,7 +51,7 @@ class Sides:
         failing = [f for f in findings if f.verdict == "fail"]
         cases = self.reference.cases
         first = sorted((f.case for f in failing), key=lambda c: cases[c].positions)
-        floor = _pooled(findings)
+        floor = pooled_floor(findings)
         return Scene(
             reference=self.reference,
             candidate=self.candidate,
@@ -60,11 +59,24 @@ class Sides:
             point=point,
             located=failing[0].located,
             cases=dict.fromkeys([*first, *cases]),
-            allowed=_allowed(findings, floor),
+            allowed=allowed_of(findings, floor),
             floor=floor,
             config=self.config,
             read=self.read,
         )
+
+    def slices(self, finding: Finding) -> list[Slice]:
+        """Which part of its point is wrong: what a replay saw of it comes first."""
+        if finding.local is not None and finding.local.culprit:
+            return finding.slices
+        rule = self.rules.get(finding.point)
+        if rule is None or finding.point not in self.reference.points or rule.candidate not in self.candidate.points:
+            return []
+        try:
+            return find_slices(finding, rule, reference=self.reference, candidate=self.candidate)
+        except ODD as error:
+            log.debug("the wrong part of %s cannot be told: %s: %s", finding.point, type(error).__name__, error)
+            return []
 
 
 def explain(
@@ -89,7 +101,7 @@ def explain(
             by_point[finding.point].append(finding)
     made = {p: _explained(p, by_point[p], known, sides) for p in _first_points(known)}
     return [
-        msgspec.structs.replace(f, causes=made[f.point])
+        msgspec.structs.replace(f, causes=made[f.point], slices=sides.slices(f))
         if f.verdict == "fail" and f.check in COMPARING and f.point in made
         else f
         for f in known
@@ -153,36 +165,6 @@ def _beside(point: str, first: str) -> bool:
     """Whether both are of one module, or outputs of modules with one parent."""
     (module, port, _), (other, other_port, _) = split_key(point), split_key(first)
     return module == other or (not port and not other_port and module.rpartition(".")[0] == other.rpartition(".")[0])
-
-
-def _allowed(findings: list[Finding], floor: float) -> Tolerance:
-    """What was allowed at a point, from how it was judged: the most of all cases, whose rows are held together."""
-    if floor:
-        return Tolerance(FACTOR * floor, FACTOR * floor * chance(DEGREES), findings[0].allowed_source)
-    judged = [f for f in findings if f.allowed and f.metric in ("rel_l2", "position_rel_l2")]
-    limits = [f.allowed if f.metric == "rel_l2" else f.allowed / POSITION_FACTOR for f in judged if f.allowed]
-    whole = max(limits, default=fallback(_dtype(findings[0]), depth=findings[0].order))
-    return Tolerance(whole, whole * POSITION_FACTOR, findings[0].allowed_source)
-
-
-def _floor(finding: Finding) -> float:
-    """Noise of a whole point, whatever number it was judged by; 0 where none was measured."""
-    ratio, error = finding.metrics.get("floor_ratio", 0.0), finding.metrics.get("rel_l2")
-    if not error or ratio == 0.0:  # not measured, or nothing of it is a number
-        return 0.0
-    return max(error / ratio if ratio else 0.0, half_ulp(_dtype(finding)))
-
-
-def _pooled(findings: list[Finding]) -> float:
-    """The noise floor of all cases' rows together."""
-    rows = [(f.shape[0] if f.shape else 1, _floor(f)) for f in findings]
-    known = [(n, floor) for n, floor in rows if floor]
-    return math.sqrt(sum(n * floor**2 for n, floor in known) / sum(n for n, _ in known)) if known else 0.0
-
-
-def _dtype(finding: Finding) -> str:
-    """What the candidate stores the point in."""
-    return coarser(finding.dtypes) if finding.dtypes else "float32"
 
 
 def _cause(scene: Scene, best: Named, named: list[Named], total: float) -> Cause:

@@ -3,7 +3,8 @@
 The candidate runs its cases again, and each point that is looked at is replaced by the reference's rows as soon as it
 was seen. So what is seen of the next point is the work of the code between the two, and of nothing before. One run for
 each level: layers first, then what is inside those that are wrong, down to the leaves. The culprits are the smallest
-modules that are beyond what is allowed, all of them: none of them sees the others. Torch-free; the run is handed in.
+modules that are beyond what is allowed, all of them: none of them sees the others. Which part of a culprit is wrong
+(``slices``) the run says. Torch-free; the run is handed in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 from paritykit.captures.manifest import split_key
 from paritykit.diagnose.locate import Graph
 from paritykit.diagnose.tree import Tree
-from paritykit.results import Finding, Local
+from paritykit.results import Finding, Local, Slice
 
 LEVELS = ("layers", "blocks", "leaves")
 Place = tuple[str, str]
@@ -38,10 +39,12 @@ Run = Callable[[Sequence[str], Sequence[str]], Look]
 
 @dataclass(frozen=True)
 class Replayed:
-    """Local errors by place, and the culprits: places that nothing before or inside explains, to whom to blame."""
+    """Local errors by place, the culprits (places that nothing before or inside explains, to whom to blame), and which
+    part of these is wrong."""
 
     local: dict[Place, Local] = field(default_factory=dict)
     culprits: dict[Place, str] = field(default_factory=dict)
+    slices: dict[Place, list[Slice]] = field(default_factory=dict)
 
 
 class _Suspicion(NamedTuple):
@@ -70,6 +73,7 @@ class Descent:
                 self._failing[f.point] = f.origin == "introduced" or self._failing.get(f.point, False)
         self._failed: dict[str, dict[str, bool]] = defaultdict(dict)
         self._local: dict[Place, Local] = {}
+        self._slices: dict[Place, list[Slice]] = {}
         self._suspicions: list[_Suspicion] = []
 
     def replay(self) -> Replayed:
@@ -85,7 +89,7 @@ class Descent:
             self._judge(look, level, opened)
             modules = [inner for m in opened for inner in self._tree.inside(m)]
             level += 1
-        return Replayed(self._local, self._culprits())
+        return Replayed(self._local, self._culprits(), self._slices)
 
     def _note(self, look: Look, level: int) -> None:
         """Keep what was measured: of a point that is seen on several levels the first is its module as a whole."""
@@ -106,6 +110,7 @@ class Descent:
                 module, port, _ = split_key(key)
                 blamed = module if not port else self._graph.blame(key, compared=self._failed[case])
                 self._suspicions.append(_Suspicion(level, (case, key), blamed, port != "input" and module in opened))
+                self._slices[case, key] = f.slices
 
     def _inherits(self, case: str, key: str, look: Look) -> bool:
         """Whether something that it was computed from is wrong and went on as it was."""
@@ -163,6 +168,7 @@ def _refined(finding: Finding, replayed: Replayed) -> Finding:
     return msgspec.structs.replace(
         finding,
         local=msgspec.structs.replace(local, culprit=culprit),
+        slices=replayed.slices.get(place, []) if culprit else finding.slices,
         origin=origin,
         located=blamed or finding.located,
     )

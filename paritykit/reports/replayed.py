@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from paritykit.provenance.names import NUMBER, pattern
 from paritykit.reports.landings import joined
-from paritykit.reports.wording import ORIGINS, number, shorten, state
+from paritykit.reports.wording import ORIGINS, number, parts, shorten, state
 from paritykit.results import Divergence, Finding, Results
 
 REPLAYED = {
@@ -55,11 +55,15 @@ def culprits(results: Results) -> list[tuple[str, str]]:
     places = {(f.check, f.case, f.point): f for f in results.findings}
     names = [shorten(joined([c.point for c in group]), LIMIT) for group in groups]
     seen = [places.get((c.check, c.case, c.seen_at)) for c, *_ in groups]
-    lines = [("also wrong", f"{name}    {local(f)}" if f else name) for name, f in zip(names, seen, strict=True)]
+    lines = [("also wrong", "    ".join(_told(name, f))) for name, f in zip(names, seen, strict=True)]
     if len(lines) > 2:
         rest = sum(len(group) for group in groups[1:])
         lines[1:] = [("also wrong", f"{rest} more: {shorten(', '.join(names[1:]), 2 * LIMIT)}")]
     return lines
+
+
+def _told(name: str, finding: Finding | None) -> list[str]:
+    return [name] if finding is None else [text for text in (name, local(finding), parts(finding)) if text]
 
 
 def _alike(found: list[Divergence]) -> list[list[Divergence]]:

@@ -140,6 +140,16 @@ def inherited_after(results: Results) -> int:
 
 
 def extent(finding: Finding) -> str:
+    """What is beyond tolerance, of positions and of each: ``all tokens (0-39)``, ``tokens >= 32 only; head 1 of 4``."""
+    return "; ".join(part for part in (_tokens(finding), parts(finding)) if part)
+
+
+def parts(finding: Finding) -> str:
+    """Which part of every row is wrong: ``rank 1 of 2; heads 2-3 of 4``. Empty where it is not only a part."""
+    return "; ".join(s.describe() for s in finding.slices)
+
+
+def _tokens(finding: Finding) -> str:
     """Which positions are beyond tolerance: ``all tokens``, ``tokens >= 32 only``, ``tokens 3, 8-11 of 0-39``."""
     if not finding.failing:
         return ""

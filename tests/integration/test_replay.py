@@ -37,6 +37,8 @@ CASES = [
     pk.Case(id="b", tokens=(7, 9, 400), new_tokens=4),
     pk.Case(id="c", tokens=(11, 12), batch=1),
 ]
+HEAD = 32
+"""Elements of a head in the tiny models."""
 SHOWN_BY_NO_POINT = ("batch-rows-mixed-up",)
 EVERYWHERE = ("kv-scale-unread",)
 """Its condition, a cache in fp8, is beyond float32's tolerance in every layer by itself."""
@@ -167,6 +169,36 @@ def test_a_bad_reference_leaves_the_right_modules_in_peace(ground: Ground, tmp_p
     assert (last.verdict, last.origin) == ("fail", "inherited")
     assert last.local is not None
     assert (last.local.verdict, last.local.level) == ("pass", "layers")
+
+
+ATTENTION = "model.layers.1.self_attn"
+EXPERTS = "model.layers.1.mlp.experts"
+PARTS: dict[str, tuple[str, str, str, slice, list[str]]] = {
+    "heads": ("qwen2", f"{ATTENTION}.q_proj", "bias", slice(HEAD, 2 * HEAD), ["head 1 of 4"]),
+    "elements": ("qwen3", f"{ATTENTION}.k_norm", "weight", slice(4), ["elements 0-3 of 32 of each head"]),
+    "experts": ("mixtral", EXPERTS, "down_proj", slice(2, 3), ["expert 2 of 4"]),
+    "features": ("qwen2", "lm_head", "weight", slice(100, 132), ["features 100-131 of 499"]),
+    "ranks": ("qwen2", f"{ATTENTION}.v_proj", "bias", slice(HEAD, 2 * HEAD), ["rank 1 of 2", "head 1 of 2"]),
+    "all": ("qwen2", "model.layers.1.mlp.down_proj", "weight", slice(None), []),
+}
+"""The model, the culprit, what is spoilt of which parameter of it, and which part of what it gives is wrong then."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_culprit_says_which_part_of_it_is_wrong(ground: Ground, tmp_path: Path, name: str) -> None:
+    family, culprit, parameter, part, wanted = PARTS[name]
+    model = model_of(family)
+    spoilt = HFEngine(str(model))
+    spoilt.open()
+    spoilt._model.get_parameter(f"{culprit}.{parameter}").data[part] += 0.5
+    reference = spoilt.run(CASES, points=Selection(), out=tmp_path / "bad")
+    cases = [c.force(reference.generated(c.id)) for c in CASES]
+    engine = ground.engine(model, tensor_parallel_size=2 if name == "ranks" else 1)
+    found = explained(ground, engine, reference, cases)
+    first = next(f for f in found if f.local is not None and f.local.culprit and f.case == "a")
+    assert first.located == culprit
+    assert [s.describe() for s in first.slices] == wanted
+    assert not any(f.slices for f in found if f.local is None or not f.local.culprit)
 
 
 def layers_to_leaves(manifest: Any) -> Iterator[set[str]]:

@@ -147,7 +147,7 @@ def test_the_evidence_of_the_unknown_says_where_and_how_much(tmp_path: Path) -> 
     (cause,) = causes_of(scene_of(tmp_path, "m", {"m": ours}, {"m": theirs}))
     assert cause.name == "unknown"
     assert "8 of 12 positions differ from position 4 on" in cause.evidence
-    assert "1 of 6 features (2)" in cause.evidence
+    assert "feature 2 of 6" in cause.evidence
 
 
 def test_right_numbers_have_no_cause(tmp_path: Path) -> None:

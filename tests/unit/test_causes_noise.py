@@ -151,7 +151,7 @@ def test_a_first_look_goes_on_until_something_is_wrong(tmp_path: Path, monkeypat
 
 
 def test_the_floor_is_that_of_the_whole_point_whatever_it_was_judged_by() -> None:
-    from paritykit.diagnose.explain import _allowed, _floor
+    from paritykit.diagnose.limits import allowed_of, floor_of
 
     metrics: dict[str, float | None] = {"rel_l2": 1e-2, "floor_ratio": 10.0}
     by_scale = Finding(
@@ -164,5 +164,5 @@ def test_the_floor_is_that_of_the_whole_point_whatever_it_was_judged_by() -> Non
         noise_floor=1e-5,
         metrics=metrics,
     )
-    assert _floor(by_scale) == pytest.approx(1e-3)
-    assert _allowed([by_scale], _floor(by_scale)).whole == pytest.approx(2e-3)
+    assert floor_of(by_scale) == pytest.approx(1e-3)
+    assert allowed_of([by_scale], floor_of(by_scale)).whole == pytest.approx(2e-3)

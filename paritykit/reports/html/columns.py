@@ -11,7 +11,7 @@ import msgspec
 
 from paritykit.reports.html.rows import STATUSES, Row
 from paritykit.reports.replayed import local, origin
-from paritykit.reports.wording import layer
+from paritykit.reports.wording import layer, parts
 from paritykit.results import Finding
 
 CHUNK = 250
@@ -87,6 +87,7 @@ def _detail(row: Row, *, lean: bool) -> dict[str, Any]:
         "trimmed": _trims(row, lean=lean),
         "positions": finding.positions,
         "failing": finding.failing,
+        "parts": parts(finding),
         "shape": finding.shape,
         "dtypes": finding.dtypes,
     }

@@ -31,7 +31,7 @@ function detailParts(i, detail) {
     el("h2", {}, name(get.point(i), 6000)),
     factList([
       ["origin", detail.origin], ["local", detail.local], ["blamed on", get.located(i) !== get.point(i) ? get.located(i) : ""],
-      ["detail", detail.message], ["beyond", rangesText(detail)],
+      ["detail", detail.message], ["beyond", rangesText(detail)], ["only", detail.parts],
     ]),
     get.metric(i) ? axis(i) : null, ...causeParts(detail), ...profileParts(i, detail), ...metricParts(i, detail),
     el("h3", {}, "How it was compared"),
