@@ -71,12 +71,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 96,
     },
 }
-EXTRA = {"deepseek_v3": {"topk_method": "noaux_tc"}}
+EXTRA = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
 """Keys that transformers' config class lacks and vLLM asks for."""
 
 
-def make(kind: str, folder: Path) -> Path:
-    """A seeded float32 checkpoint, no weight at the value it would have by default."""
+def make(kind: str, folder: Path, **extra: Any) -> Path:
+    """A seeded float32 checkpoint, no weight at the value it would have by default; ``extra`` goes into its config."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind]))
     with torch.no_grad():
@@ -88,5 +88,5 @@ def make(kind: str, folder: Path) -> Path:
                 buffer.uniform_(0, 0.1)
     model.save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | EXTRA.get(kind, {})))
+    path.write_text(json.dumps(json.loads(path.read_text()) | EXTRA.get(kind, {}) | extra))
     return folder

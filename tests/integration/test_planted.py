@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,44 @@ def test_a_feed_that_does_not_fit_stops_the_run_and_not_the_engine(ground: Groun
     assert made.engine.run(made.cases, points=points, out=tmp_path / "two", feed=own).manifest.facts["fed"] == [
         "model.norm"
     ]
+
+
+def break_step(engine: Any, *, end: bool) -> None:
+    """Until ``mend_step`` vLLM's core fails in mid-batch, or goes on for ever (not ``end``)."""
+    core = engine._llm.llm_engine.engine_core
+    own = core.get_output
+
+    def broken() -> Any:
+        if not end:
+            time.sleep(1e-5)
+            return EngineCoreOutputs()
+        own()
+        raise RuntimeError("a step that came to nothing")
+
+    from vllm.v1.engine import EngineCoreOutputs
+
+    core.get_output = broken
+
+
+def mend_step(engine: Any) -> None:
+    del engine._llm.llm_engine.engine_core.get_output
+
+
+@pytest.mark.xdist_group("vllm-faults")
+@pytest.mark.parametrize(
+    ("end", "reason"), [(True, "a step that came to nothing"), (False, r"no end of its requests after \d+ steps")]
+)
+def test_a_batch_that_fails_or_never_ends_leaves_nothing_behind(
+    ground: Ground, tmp_path: Path, end: bool, reason: str
+) -> None:
+    made = Trial(ground, find("rope-theta"), "qwen2", LAYER)
+    clean = made.clean()
+    made.engine.call("tests.integration.test_planted:break_step", {"end": end}, host=True)
+    with pytest.raises(EngineError, match=f"vLLM failed on batch 0: .*{reason}"):
+        made.engine.run(made.cases, points=Selection(), out=tmp_path / "broken")
+    assert not list(tmp_path.iterdir())
+    made.engine.call("tests.integration.test_planted:mend_step", {}, host=True)
+    assert differences(clean, ground.run(made.engine, made.cases)) == {}
 
 
 @pytest.mark.deep

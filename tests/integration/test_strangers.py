@@ -46,7 +46,24 @@ def test_latent_attention_maps(bench: Bench, tmp_path: Path, kind: str) -> None:
     assert introduced <= {f"model.layers.{n}.self_attn" for n in range(3)}
     shown = next(f for f in results.findings if f.point == first.seen_at and f.case == "long-40")
     assert shown.failing[0][0] == 1
-    if kind == "deepseek_v2":
-        (cause, *_) = results.summary.causes
-        assert (cause.name, cause.confidence > 0.9) == ("position-shift", True)
-        assert "at the distance of heads in memory" in cause.evidence
+    (cause, *_) = results.summary.causes
+    assert (cause.name, cause.confidence > 0.9) == ("position-shift", True)
+    assert "at the distance of heads in memory" in cause.evidence
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_a_config_that_does_not_say_how_experts_are_scored(bench: Bench, tmp_path: Path, scoring: str) -> None:
+    """vLLM takes softmax then, and transformers, whose config has no such key, the sigmoid it was trained with."""
+    model = make("deepseek_v3", tmp_path / scoring, scoring_func=scoring)
+    rotary = {"compilation_config": {"custom_ops": ["none"]}}
+    results = compared(bench, model, attention_backend="CPU_MLA", **rotary)
+    if scoring == "sigmoid":
+        assert results.summary.verdict == "pass", results.summary
+        return
+    first = results.summary.first_divergence
+    assert first is not None
+    assert first.point == "model.layers.1.mlp"
+    (cause, *_) = results.summary.causes
+    assert cause.name == "moe-scale"
+    assert "with shares by softmax" in cause.evidence

@@ -17,8 +17,18 @@ from tests.scenes import numbers
 DIMS = 8
 
 
-def turned(interleaved: bool) -> Any:
-    return SimpleNamespace(rotation=Rotation(DIMS, powers(100.0, DIMS), interleaved))
+def turned(interleaved: bool, order: torch.Tensor | None = None) -> Any:
+    own = Rotation(DIMS, powers(100.0, DIMS), interleaved)
+    return SimpleNamespace(rotation=own, form=SimpleNamespace(order=order))
+
+
+@given(tokens=st.integers(1, 9), step=st.sampled_from([DIMS, 3 * DIMS]))
+def test_pairs_that_are_turned_as_halves_lie_side_by_side_in_memory(tokens: int, step: int) -> None:
+    plain, memory = torch.arange(DIMS), numbers(tokens, 3 * DIMS)
+    places, right = list(range(tokens)), memory.clone()
+    _turn_along(turned(interleaved=True), right.view(-1), 0, step, places)
+    _turn_along(turned(interleaved=False, order=torch.cat((plain[::2], plain[1::2]))), memory.view(-1), 0, step, places)
+    assert torch.allclose(memory, right, atol=1e-6)
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,8 @@ class Form:
 
     ``turned`` is the point that shows rotated keys, ``unturned`` gives those of a case before it, ``[positions, heads,
     dims]``. ``head_dim`` is that of queries and keys, ``places`` is where these two begin.
+
+    ``order`` is where in memory, from a head's place on, lie the elements that rotation may turn; as they come if None.
     """
 
     heads: Callable[[str], Heads]
@@ -29,6 +32,7 @@ class Form:
     unturned: Callable[[str], torch.Tensor]
     head_dim: int
     places: tuple[Place, Place]
+    order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,20 @@ def _latent(scene: Scene, module: str) -> Iterator[Form]:
     if turned != scene.width(entry) - scene.width(latent) or not 0 < turned < size:
         return
 
-    def shared(case: str) -> torch.Tensor:
-        return scene.reference(entry, case)[:, None, -turned:]
+    def shared(order: torch.Tensor, case: str) -> torch.Tensor:
+        return scene.reference(entry, case)[:, None, -turned:][..., order]
 
-    def heads(case: str) -> Heads:
-        plain, part = scene.reference(query, case).reshape(-1, count, size), shared(case)
+    def heads(order: torch.Tensor, case: str) -> Heads:
+        plain, part = scene.reference(query, case).reshape(-1, count, size), shared(order, case)
         made = (scene.reference(latent, case) @ weight.T).reshape(len(plain), count, -1)
         key = torch.cat((part.expand(-1, count, -1), made[..., : size - turned]), dim=-1)
-        return torch.cat((plain[..., -turned:], plain[..., :-turned]), dim=-1), key, made[..., size - turned :]
+        return (
+            torch.cat((plain[..., -turned:][..., order], plain[..., :-turned]), dim=-1),
+            key,
+            made[..., size - turned :],
+        )
 
     places = (Place(query, size - turned, size), Place(entry, scene.width(latent), turned, shared=True))
-    yield Form(heads, cached, shared, size, places)
+    plain = torch.arange(turned)
+    for order in (plain, torch.cat((plain[::2], plain[1::2]))):  # some models lay pairs out as halves while they turn
+        yield Form(partial(heads, order), cached, partial(shared, order), size, places, order)

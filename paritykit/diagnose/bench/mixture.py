@@ -16,6 +16,8 @@ from paritykit.diagnose.scene import Scene
 
 NUMBERED = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 ROLES = {"w1": 0, "gate_proj": 0, "w3": 1, "up_proj": 1, "w2": 2, "down_proj": 2}
+BIASES = ("e_score_correction_bias", "expert_bias")
+"""What moves the choice of experts and not their shares."""
 LARGEST = 1 << 28
 """Numbers that all experts' outputs may be."""
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -25,19 +27,40 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Choice:
-    """How logits become shares: of ``chosen`` experts, made to sum to 1 or not, times ``factor``."""
+    """How logits become shares: of ``chosen`` experts, made to sum to 1 or not, times ``factor``.
+
+    Experts are chosen by their odds and ``bias``, which no share has (arXiv 2408.15664) but where it is ``weighed``.
+    Of ``groups`` of experts only the best ``kept`` count, by the sum of their ``best`` odds (arXiv 2405.04434 and
+    2412.19437).
+    """
 
     chosen: int
     renormalise: bool
     sigmoid: bool = False
     factor: float = 1.0
+    bias: tuple[float, ...] = ()
+    weighed: bool = False
+    groups: int = 1
+    kept: int = 1
+    best: int = 1
 
     def shares(self, logits: torch.Tensor) -> torch.Tensor:
         """``[tokens, experts]``, 0 for those that are not chosen."""
         odds = torch.sigmoid(logits) if self.sigmoid else logits.softmax(-1)
-        top, places = odds.topk(self.chosen, dim=-1)
+        liked = odds + odds.new_tensor(self.bias) if self.bias else odds
+        places = self._grouped(liked).topk(self.chosen, dim=-1).indices
+        top = (liked if self.weighed else odds).gather(-1, places)
         top = top / top.sum(-1, keepdim=True) if self.renormalise else top
         return torch.zeros_like(odds).scatter(-1, places, top * self.factor)
+
+    def _grouped(self, liked: torch.Tensor) -> torch.Tensor:
+        """Minus infinity for experts of groups that do not count."""
+        if self.kept >= self.groups:
+            return liked
+        groups = liked.unflatten(-1, (self.groups, -1))
+        scores = groups.topk(min(self.best, groups.shape[-1]), dim=-1).values.sum(-1)
+        lost = torch.ones_like(scores).scatter(-1, scores.topk(self.kept, dim=-1).indices, 0.0).bool()
+        return groups.masked_fill(lost[..., None], -torch.inf).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -106,7 +129,7 @@ def _mixture_of(scene: Scene, functions: dict[str, Function]) -> Mixture | None:
     for function in functions.values():
         found = Mixture(scene, parent, router, experts, weights, function, Choice(1, renormalise=True))
         made = {c: found._outputs(c, weights, function) for c in scene.cases}
-        for choice in _choices(scene):
+        for choice in _choices(scene, router):
             tried = replace(found, choice=choice)
             if reproduces(scene, experts, partial(_mixed_plainly, tried, made)):
                 return tried
@@ -117,8 +140,20 @@ def _mixed_plainly(mixture: Mixture, made: dict[str, torch.Tensor], case: str) -
     return mix(mixture.choice.shares(mixture.logits(case)), made[case])
 
 
-def _choices(scene: Scene) -> Iterator[Choice]:
-    """Ways to choose that the config allows for."""
+def _choices(scene: Scene, router: str) -> Iterator[Choice]:
+    """Ways to choose that config and checkpoint allow for."""
+    bias = next((t for n in BIASES if (t := scene.parameter(f"{router}.{n}")) is not None), None)
+    found = () if bias is None else tuple(bias.tolist())
+    groups, kept = (scene.config.get(n) for n in ("n_group", "topk_group"))
+    if not (isinstance(groups, int) and isinstance(kept, int) and scene.width(router) % groups == 0):
+        groups = kept = 1
+    for choice in _plain_choices(scene):
+        for best in (1, 2) if kept < groups else (1,):
+            yield replace(choice, bias=found, groups=groups, kept=kept, best=best)
+
+
+def _plain_choices(scene: Scene) -> Iterator[Choice]:
+    """These without bias and groups."""
     count = next((int(scene.config[n]) for n in ("num_experts_per_tok", "moe_topk", "top_k") if n in scene.config), 1)
     factor = scene.config.get("routed_scaling_factor")
     for value in dict.fromkeys([1.0, *([float(factor)] if isinstance(factor, int | float) else [])]):

@@ -43,6 +43,16 @@ def routing(scene: Scene) -> Iterator[Trial]:
             yield Trial(label, lambda case, o=other: mixture.mixed(case, o.shares(mixture.logits(case))))  # type: ignore[misc]
     label = "with the least likely experts chosen"
     yield Trial(label, lambda case: mixture.mixed(case, own.shares(-mixture.logits(case))))
+    if own.bias:
+        for label, changed in (
+            ("without the bias by which experts are chosen", replace(own, bias=())),
+            ("with the bias by which experts are chosen in their shares too", replace(own, weighed=True)),
+        ):
+            yield Trial(label, lambda case, o=changed: mixture.mixed(case, o.shares(mixture.logits(case))))  # type: ignore[misc]
+    if own.kept < own.groups:
+        label = f"with experts of all {own.groups} groups instead of the best {own.kept}"
+        ungrouped = replace(own, groups=1, kept=1)
+        yield Trial(label, lambda case: mixture.mixed(case, ungrouped.shares(mixture.logits(case))))
     pairs = list(combinations(range(count), 2)) if count <= PAIRS else []
     for one, other_one in pairs:
         label = f"with experts {one} and {other_one} in each other's place"

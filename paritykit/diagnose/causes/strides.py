@@ -39,7 +39,7 @@ def _predicted(attention: Attention, sides: tuple[int, ...], case: str) -> torch
         made: dict[str, torch.Tensor] = attention.once("strides", side, lambda p=place: _all_turned(attention, p))
         own = made[case][: len(heads[side])]
         dims, groups = attention.rotation.dims, heads[side].shape[1]
-        turned = torch.stack([own[:, n : n + dims] for n in place.starts(groups)], dim=1)
+        turned = torch.stack([own[:, n + _order(attention)] for n in place.starts(groups)], dim=1)
         heads[side] = torch.cat((turned, attention.plain(case)[side][..., dims:]), dim=-1)
     return attention.predict(case, attention.output((heads[0], heads[1], heads[2])))
 
@@ -69,8 +69,14 @@ def _all_turned(attention: Attention, place: Place) -> dict[str, torch.Tensor]:
 
 def _turn_along(attention: Attention, memory: torch.Tensor, first: int, step: int, positions: list[int]) -> None:
     """Turn in place what lies at ``first``, and then every ``step`` further on, each by its token's position."""
-    own = attention.rotation
+    own, order = attention.rotation, _order(attention)
     for number, position in enumerate(positions):
         part = memory[first + number * step :][: own.dims]
         if len(part) == own.dims:
-            part.copy_(own.turn(part.clone()[None, None], torch.tensor([position]))[0, 0])
+            part[order] = own.turn(part[order][None, None], torch.tensor([position]))[0, 0]
+
+
+def _order(attention: Attention) -> torch.Tensor:
+    """Where in memory, from a head's place on, lie the elements that are turned."""
+    order = attention.form.order
+    return torch.arange(attention.rotation.dims) if order is None else order[: attention.rotation.dims]

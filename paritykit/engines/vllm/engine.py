@@ -28,6 +28,7 @@ from paritykit.engines.strays import cache_facts
 from paritykit.engines.vllm.arguments import effective_arguments
 from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
+from paritykit.engines.vllm.steps import ended
 from paritykit.engines.vllm.warm import warm_ranks
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
 from paritykit.provenance.weightmap import RankLedger, WeightMap
@@ -259,7 +260,8 @@ class VllmEngine:
                 for c in group
             ]
             try:
-                outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+                with ended(self._llm.llm_engine, positions=sum(c.positions for c in group)):
+                    outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
             except failures as error:
                 raise EngineError(f"vLLM failed on batch {number}: {first_reason(error)}") from error
             for case, output in zip(group, outputs, strict=True):
