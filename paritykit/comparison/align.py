@@ -19,8 +19,8 @@ Pair = tuple[int, torch.Tensor, torch.Tensor]
 Stretch = tuple[int, int]
 """Consecutive positions: the first, and one past the last."""
 TOGETHER = 1 << 16
-"""Numbers up to which stretches that follow on each other are put together: a decoded row alone costs as much to measure
-as a hundred of them."""
+"""Numbers up to which stretches that follow on each other are put together: a decoded row alone costs as much to
+measure as a hundred of them."""
 
 
 def pairs(
