@@ -46,14 +46,13 @@ FAULTS = {
     "gate-and-up-exchanged": "qwen2",
     "key-rows-permuted": "qwen2",
     "kv-table-rows-swapped": "qwen2",
-    "batch-rows-mixed-up": "qwen2",
     "residual-scaled": "qwen2",
     "linear-in-half-precision": "qwen2",
     "head-permuted": "qwen2",
     "experts-not-renormalised": "mixtral",
     "experts-fed-the-residual": "mixtral",
 }
-"""Faults of all areas, two of them ``unknown``, each with the family it is planted in."""
+"""Faults of all areas, each with the family it is planted in."""
 WIDE = {
     "num_hidden_layers": 8,
     "hidden_size": 512,
@@ -134,7 +133,7 @@ def ratio(parts: dict[str, float], *, against: tuple[str, ...]) -> float:
 
 
 def report(rows: dict[str, list[tuple[dict[str, float], str]]]) -> None:
-    """A line a fault, the worst ones last."""
+    """A line a fault, and the worst ratios last."""
     print(f"  {'milliseconds':<26}" + "".join(f"{p:>9}" for p in PARTS) + "   / all  / start + run")
     worst: dict[tuple[str, ...], tuple[float, str]] = {}
     for fault, rounds in rows.items():
