@@ -65,6 +65,8 @@ MODELS: dict[str, dict[str, Any]] = {"tiny": {}, "8x512": WIDE}
 LENGTHS = (120, 50, 26)
 """Tokens of the prompts, submitted as one batch; the first two are decoded on, two tokens each."""
 PARTS = ("start", "run", "compare", "replay", "explain")
+AGAINST: tuple[tuple[str, ...], ...] = (PARTS[:3], PARTS[:2])
+"""What diagnosis is held against: one more candidate, and that without comparing it."""
 CLOCKS: dict[bool, Callable[[], float]] = {False: time.perf_counter, True: time.process_time}
 
 
@@ -138,7 +140,7 @@ def report(rows: dict[str, list[tuple[dict[str, float], str]]]) -> None:
     worst: dict[tuple[str, ...], tuple[float, str]] = {}
     for fault, rounds in rows.items():
         line = f"  {fault:<26}" + "".join(f"{1e3 * statistics.median(r[p] for r, _ in rounds):9.0f}" for p in PARTS)
-        for against in (PARTS[:3], PARTS[:2]):
+        for against in AGAINST:
             found = statistics.median(ratio(r, against=against) for r, _ in rounds)
             worst[against] = max(worst.get(against, (0.0, "")), (found, fault))
             line += f"{found:8.2f}"
