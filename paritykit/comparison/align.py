@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,6 +18,9 @@ Pair = tuple[int, torch.Tensor, torch.Tensor]
 """First position, reference rows and candidate rows, both ``[tokens, features]``."""
 Stretch = tuple[int, int]
 """Consecutive positions: the first, and one past the last."""
+TOGETHER = 1 << 16
+"""Numbers up to which stretches that follow on each other are put together: a decoded row alone costs as much to
+measure as a hundred of them."""
 
 
 def pairs(
@@ -24,16 +28,17 @@ def pairs(
 ) -> Iterator[Pair]:
     """Aligned rows of one point and case, in order of position. Positions that one side lacks are left out.
 
-    ``only`` these positions, ascending, if given.
+    ``only`` these positions, ascending, if given. What was computed in small steps is put together.
     """
-    ours = reference.spans(reference.point(rule.reference), case)
+    point = reference.point(rule.reference)
     wanted = stretches(candidate.spans(candidate.point(rule.candidate), case))
     if only is not None:
         wanted = list(overlaps(wanted, [(first, last + 1) for first, last in ranges(only)]))
-    for left in ours:
-        for start, end in overlaps(stretches([left]), wanted):
-            rows = rows_of(reference, left, start, end - start)
-            yield start, flat(rows), rule_rows(rule, candidate, case, start, end - start)
+    shared = overlaps(stretches(reference.spans(point, case)), wanted)
+    for start, end in joined(shared, length=TOGETHER // max(math.prod(point.row), 1)):
+        left = own_rows(reference, rule.reference, case, start, end - start)
+        assert left is not None
+        yield start, left, rule_rows(rule, candidate, case, start, end - start)
 
 
 def shared_places(rule: Rule, reference: Capture, candidate: Capture, case: str) -> list[int]:
@@ -58,6 +63,24 @@ def overlaps(left: list[Stretch], right: list[Stretch]) -> Iterator[Stretch]:
         for c, d in right:
             if max(a, c) < min(b, d):
                 yield max(a, c), min(b, d)
+
+
+def joined(found: Iterable[Stretch], *, length: int) -> Iterator[Stretch]:
+    """Stretches that follow on each other as one, where that is no longer than ``length``.
+
+    >>> list(joined([(0, 5), (5, 6), (6, 7), (8, 9)], length=3))
+    [(0, 5), (5, 7), (8, 9)]
+    """
+    held: Stretch | None = None
+    for start, end in found:
+        if held is not None and held[1] == start and end - held[0] <= length:
+            held = held[0], end
+            continue
+        if held is not None:
+            yield held
+        held = start, end
+    if held is not None:
+        yield held
 
 
 def rule_rows(rule: Rule, capture: Capture, case: str, start: int, length: int) -> torch.Tensor:

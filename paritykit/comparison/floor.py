@@ -27,9 +27,11 @@ Torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 
 from paritykit.comparison.measurement import Measurement
 from paritykit.comparison.noise import Noise, Spread
@@ -171,18 +173,18 @@ def guards(noise: Noise, *, least: float) -> Iterator[Guard]:
 
 def _typical(twin: Spread, candidate: Spread, *, least: float) -> tuple[float, float]:
     """Geometric means of both sides' rows, none of them taken for less than ``least``."""
-    ours, theirs = (math.exp(sum(math.log(max(v, least)) for v in s.row) / len(s.row)) for s in (candidate, twin))
+    ours, theirs = (math.exp(float(np.log(np.maximum(s.row, least)).mean())) for s in (candidate, twin))
     return ours, theirs
 
 
 def _worst(
-    metric: str, ours: Sequence[float], theirs: Sequence[float], *, lift: float, least: float, numbers: float
+    metric: str, ours: array[float], theirs: array[float], *, lift: float, least: float, numbers: float
 ) -> Guard:
     """The row or channel furthest beyond its own floor, which is the twin's there, or at the median one."""
-    typical = max(sorted(theirs)[len(theirs) // 2] * lift, least)
-    floors = [max(v * lift, typical) for v in theirs]
-    at = max(range(len(ours)), key=lambda n: ours[n] / floors[n])
-    return Guard(metric, ours[at], floors[at], chance(numbers))
+    typical = max(float(np.sort(theirs)[len(theirs) // 2]) * lift, least)
+    floors = np.maximum(np.multiply(theirs, lift), typical)
+    at = int(np.argmax(ours / floors))
+    return Guard(metric, ours[at], float(floors[at]), chance(numbers))
 
 
 def beyond_floor(noise: Noise, *, dtype: str, factor: float = FACTOR) -> list[bool]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_right
 
 import msgspec
+import numpy as np
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +62,9 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def typical_ratio(self) -> float:
         """Geometric mean over rows of the candidate's error over the twin's; rows where a side is exact left out."""
-        pairs = [(c, w) for c, w in zip(self.candidate.row, self.twin.row, strict=True) if c > 0 and w > 0]
-        return math.exp(sum(math.log(c / w) for c, w in pairs) / len(pairs)) if pairs else 1.0
+        ours, theirs = np.asarray(self.candidate.row), np.asarray(self.twin.row)
+        both = (ours > 0) & (theirs > 0)
+        return math.exp(float(np.log(ours[both] / theirs[both]).mean())) if both.any() else 1.0
 
     @property
     def overlap(self) -> float:
@@ -71,9 +72,10 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
 
         For two distributions whose densities cross once it is the common area of both.
         """
-        ours, theirs = sorted(self.twin.row), sorted(self.candidate.row)
-        gaps = (abs(bisect_right(ours, v) - bisect_right(theirs, v)) for v in (*ours, *theirs))
-        return 1.0 - max(gaps, default=0) / max(self.rows, 1)
+        ours, theirs = np.sort(self.twin.row), np.sort(self.candidate.row)
+        both = np.concatenate((ours, theirs))
+        gaps = np.abs(np.searchsorted(ours, both, side="right") - np.searchsorted(theirs, both, side="right"))
+        return 1.0 - int(gaps.max(initial=0)) / max(self.rows, 1)
 
     def as_dict(self) -> dict[str, float]:
         """The numbers that are shown beside a candidate's metrics."""

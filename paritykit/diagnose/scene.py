@@ -58,8 +58,8 @@ class Scene:
         self._read = read
         self._known: dict[Any, Any] = {}
         self._limits: dict[str, int] = {}
-        self.fits: dict[str, float] = {}
-        """Numbers that were fitted to the candidate, by name."""
+        self.fits: dict[str, Any] = {}
+        """What was fitted to the candidate, by name: a number, or where its features are."""
         self.cases = self._affordable(cases)
         self.module, self.port, _ = split_key(point)
 

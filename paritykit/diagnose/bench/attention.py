@@ -110,14 +110,19 @@ class Attention:
         return self.scene.once((self.module, *name), make)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, core: Core, mask: Mask) -> torch.Tensor:
-    """Softmax attention, ``[queries, heads * head_dim]``; a query that sees nothing, or what is NaN, gives NaN."""
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, core: Core, mask: Mask, first: int = 0
+) -> torch.Tensor:
+    """Softmax attention, ``[queries, heads * head_dim]``; a query that sees nothing, or what is NaN, gives NaN.
+
+    ``first`` is the position of the first query.
+    """
     group = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(group, dim=1).transpose(0, 1) for t in (key, value))
     scores = query.transpose(0, 1) @ keys.transpose(1, 2) * core.scale
     if core.cap is not None:
         scores = torch.tanh(scores / core.cap) * core.cap
-    place = torch.arange(query.shape[0])[:, None], torch.arange(key.shape[0])[None]
+    place = torch.arange(first, first + query.shape[0])[:, None], torch.arange(key.shape[0])[None]
     seen, known = mask(*place), key.isfinite().flatten(1).all(1) & value.isfinite().flatten(1).all(1)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     context = (weights @ values.nan_to_num()).transpose(0, 1).reshape(query.shape[0], -1)

@@ -98,9 +98,9 @@ def _wrong(attention: Attention, size: int, case: str, blocks: list[Block], numb
     """Relative error of the rows of one block, over keys up to its end; infinite where nothing can be said of them."""
     scene = attention.scene
     rows = slice(number * size, min((number + 1) * size, scene.length(case)))
-    query = attention.turned(case)[0][: rows.stop]
+    query = attention.turned(case)[0][rows]
     key, value = gathered(attention, size, blocks[: number + 1], rows.stop)
-    context = attend(query, key, value, core=attention.core, mask=attention.core.sees)[rows]
+    context = attend(query, key, value, core=attention.core, mask=attention.core.sees, first=rows.start)
     right = scene.reference(attention.context, case)[rows]
     theirs = scene.candidate(attention.context, case)[rows] if attention.context in scene.rules else None
     if theirs is None:

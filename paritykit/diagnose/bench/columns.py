@@ -88,8 +88,14 @@ def in_attention(scene: Scene) -> bool:
 
 
 def columns_of(scene: Scene) -> Columns | None:
-    """Where the candidate's features are among the reference's; None where that is too much to look for."""
-    return scene.once("columns", lambda: _columns_of(scene))
+    """Where the candidate's features are among the reference's; None where that is too much to look for.
+
+    A first look that had positions enough has found them for all.
+    """
+    if "columns" not in scene.fits:
+        return scene.once("columns", lambda: _columns_of(scene))
+    found: Columns = scene.fits["columns"]
+    return found
 
 
 def _columns_of(scene: Scene) -> Columns | None:
@@ -113,4 +119,7 @@ def _columns_of(scene: Scene) -> Columns | None:
     stays = (theirs - ours[:, : widths[0]]).norm(dim=0) <= limit
     nearest = torch.where(stays, own, nearest)
     error = (theirs - ours[:, nearest]).norm(dim=0)
-    return Columns(names, widths, torch.where(error <= limit, nearest, -1))
+    found = Columns(names, widths, torch.where(error <= limit, nearest, -1))
+    if len(ours) == TELLING:
+        scene.fits["columns"] = found
+    return found

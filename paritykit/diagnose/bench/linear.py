@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from paritykit.captures.manifest import point_key
-from paritykit.diagnose.bench.calibrate import moved, reproduces
+from paritykit.diagnose.bench.calibrate import reproduces
 from paritykit.diagnose.scene import Scene
 
 
@@ -26,14 +26,14 @@ class Linear:
         return product if self.bias is None else product + self.bias
 
     def with_weight(self, case: str, weight: torch.Tensor) -> torch.Tensor:
-        """What the module would give with another weight."""
+        """What the module would give with another weight: the reference's rows, moved by the product of the change."""
         x = self.scene.input_of(self.module, case)
-        return moved(self.scene, self.module, self.output(x), self.output(x, weight), case)
+        return self.scene.reference(self.module, case) + x @ (weight - self.weight).T
 
     def with_input(self, case: str, x: torch.Tensor) -> torch.Tensor:
-        """What the module would give for another input."""
-        right = self.output(self.scene.input_of(self.module, case))
-        return moved(self.scene, self.module, right, self.output(x), case)
+        """What the module would give for another input, made likewise."""
+        change = x - self.scene.input_of(self.module, case)
+        return self.scene.reference(self.module, case) + change @ self.weight.T
 
 
 def linear_of(scene: Scene, module: str) -> Linear | None:

@@ -255,6 +255,10 @@ def all_nan(scene: Scene) -> bool:
 
 def unlike_share(scene: Scene) -> float | None:
     """Share of the features that hardly correlate with the reference's; None where the candidate has no numbers."""
+    return scene.once("unlike", lambda: _unlike_share(scene))
+
+
+def _unlike_share(scene: Scene) -> float | None:
     ours = torch.cat([scene.reference(scene.point, c) for c in scene.cases]).double()
     theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
     rows = theirs.isfinite().all(1)
