@@ -57,7 +57,7 @@ class Choice:
         """Minus infinity for experts of groups that do not count."""
         if self.kept >= self.groups:
             return liked
-        groups = liked.unflatten(-1, (self.groups, -1))
+        groups = liked.reshape(*liked.shape[:-1], self.groups, -1)
         scores = groups.topk(min(self.best, groups.shape[-1]), dim=-1).values.sum(-1)
         lost = torch.ones_like(scores).scatter(-1, scores.topk(self.kept, dim=-1).indices, 0.0).bool()
         return groups.masked_fill(lost[..., None], -torch.inf).flatten(-2)
