@@ -31,11 +31,16 @@ PLAIN = {
     "all-zero": "weight-not-loaded",
     "digest-mismatch": "weight-corrupt",
     "truncated-file": "weight-corrupt",
+    "tie-mismatch": "weight-shared-wrongly",
 }
 """A problem of the ledger or the audit, and the cause that it is."""
 ON_RANKS = re.compile(r"\branks?\b")
 GATE_OR_UP = re.compile(r"\.(gate_proj|up_proj|gate_up_proj|w1|w3|fc1|fc2)\.")
 EXPERT = re.compile(r"\.experts?\.")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+VOCABULARY = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|word_embeddings|wte)\.")
+OTHER_ROWS = re.compile(r"stored as \[(\d+), ([\d, ]+)\].* makes it \[(?!\1,)\d+, \2\]")
+"""How the audit says that a tensor has more rows or fewer than it should, and is otherwise of its size."""
 ALL = 1.0
 FEW = 0.01
 """Share of a tensor below which what did not arrive is damage, and not a tensor that was not loaded."""
@@ -81,11 +86,18 @@ def cause_of(finding: Finding, *, tied: bool = False) -> str:
     if code in ("wrong-slice", "wrong-order"):
         cut = ON_RANKS.search(finding.message) or _cut_apart(finding)
         return "tp-shard" if cut else _misplaced(code, tensor, finding.message)
-    if code in ("unread", "missing-tensor"):
+    if code in ("unread", "missing-tensor") or _absent(finding):
         return _missing(finding, tied=tied)
+    if code == "shape-mismatch":
+        return "vocab-shard" if VOCABULARY.search(tensor) and OTHER_ROWS.search(finding.message) else ""
     if code == "offset" and "norm" not in tensor and "ln_" not in tensor:
         return "weight-corrupt"
     return PLAIN.get(code, "")
+
+
+def _absent(finding: Finding) -> bool:
+    """Whether the audit says of a head or an embedding that is not tied that it is not there."""
+    return finding.metric == "tie-mismatch" and f" no {finding.point}" in finding.message
 
 
 def _missing(finding: Finding, *, tied: bool) -> str:
@@ -94,9 +106,9 @@ def _missing(finding: Finding, *, tied: bool) -> str:
         return "weight-corrupt"
     if finding.point.endswith(".bias"):
         return "bias-missing"
-    if finding.point.startswith("lm_head"):
+    if HEAD.search(finding.point):
         return "weight-shared-wrongly" if tied else "lm-head"
-    return PLAIN[finding.metric]
+    return "weight-not-loaded"
 
 
 def _few(finding: Finding) -> bool:
