@@ -41,14 +41,22 @@ HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 VOCABULARY = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|embed_in|word_embeddings|wte)\.")
 OTHER_ROWS = re.compile(r"stored as \[(\d+), ([\d, ]+)\].* makes it \[(?!\1,)\d+, \2\]")
 """How the audit says that a tensor has more rows or fewer than it should, and is otherwise of its size."""
+HISTORY = ("prefix_cache", "repeat")
+"""Checks whose two runs differ in what was computed before a request, and in nothing else."""
+LIKELY = 0.7
 ALL = 1.0
 FEW = 0.01
 """Share of a tensor below which what did not arrive is damage, and not a tensor that was not loaded."""
 
 
 def named(findings: Iterable[Finding]) -> list[Finding]:
-    """``findings`` of the checks of weights and files with the cause that each failure is; others as they are."""
+    """``findings`` of the checks of weights and files with the cause that each failure is; others as they are.
+
+    Where a request differs only for what came before it, and no check of anything else fails, it is what that left.
+    """
     known = list(findings)
+    if all(f.check in HISTORY for f in known if f.verdict == "fail"):
+        return [_left_over(f) if f.verdict == "fail" and f.origin != "inherited" else f for f in known]
     tied = any(f.metric == "tied-wrongly" for f in known)
     looked = ("weights", "checkpoint")
     return [_named(f, tied=tied) if f.verdict == "fail" and f.check in looked else f for f in known]
@@ -74,6 +82,14 @@ def _named(finding: Finding, *, tied: bool) -> Finding:
         return finding
     kind = CAUSES.get(name)
     said = Cause(code=kind.code, name=name, confidence=ALL, evidence=f"check {finding.check}: {finding.message}")
+    return msgspec.structs.replace(finding, causes=[said])
+
+
+def _left_over(finding: Finding) -> Finding:
+    kind = CAUSES.get("kv-stale")
+    text = f"check {finding.check}: {finding.condition or 'after others'} the request gives other numbers than alone, "
+    text += "and nothing else that was checked fails: it takes keys that others left"
+    said = Cause(code=kind.code, name=kind.name, confidence=LIKELY, evidence=text)
     return msgspec.structs.replace(finding, causes=[said])
 
 

@@ -63,6 +63,21 @@ def test_a_head_that_is_not_read_because_it_is_tied_is_shared() -> None:
     assert [f.causes[0].name for f in named([unread, tied])] == ["weight-shared-wrongly"] * 2
 
 
+def test_what_only_differs_after_other_requests_is_stale() -> None:
+    warm = finding("l.1", "fail", check="prefix_cache", condition="after 32 of its 40 tokens", origin="introduced")
+    later = finding("l.2", "fail", check="prefix_cache", origin="inherited", order=1)
+    cold = finding("l.1", "pass")
+    found = named([cold, warm, later])
+    assert [[c.name for c in f.causes] for f in found] == [[], ["kv-stale"], []]
+    assert "after 32 of its 40 tokens" in found[1].causes[0].evidence
+
+
+@pytest.mark.parametrize("other", ["modules", "chunking"])
+def test_what_differs_in_other_ways_too_is_not_said_to_be_stale(other: str) -> None:
+    warm = finding("l.1", "fail", check="prefix_cache", origin="introduced")
+    assert not any(f.causes for f in named([warm, finding("l.1", "fail", check=other)]))
+
+
 def test_what_passes_and_other_checks_are_left_as_they_are() -> None:
     findings = [finding(QUERY, "pass", check="weights"), finding("model.norm", "fail", metric="rel_l2")]
     assert named(findings) == findings
