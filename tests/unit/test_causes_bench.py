@@ -211,6 +211,11 @@ def test_scales_of_a_cache_that_were_not_read_are_a_factor(tmp_path: Path, port:
     assert "of its own" in found[0].evidence
     other = causes_of(scene_of(tmp_path / "b", point, {point: ours}, {point: ours * numbers(TOKENS, 2, 16, seed=1)}))
     assert other[0].name != "scale-factor"
+    here = (torch.arange(TOKENS) != 5)[:, None, None]
+    for value in (0.0, torch.nan):
+        lost = torch.where(here, ours + 1e-7 * numbers(TOKENS, 2, 16, seed=2), value)
+        made = scene_of(tmp_path / f"{value}", point, {point: ours}, {point: lost}, floor=1e-7)
+        assert causes_of(made)[0].name != "scale-factor"
 
 
 @pytest.mark.parametrize(("waits", "name"), [(True, "stale"), (False, "table")])

@@ -55,7 +55,7 @@ def _row_by_row(scene: Scene, case: str) -> torch.Tensor:
     shape = (-1, *scene.points[scene.point].row)
     ours, theirs = (side(scene.point, case).reshape(shape) for side in (scene.reference, scene.candidate))
     factor = (ours * theirs).sum(-1, keepdim=True) / ours.pow(2).sum(-1, keepdim=True).clamp_min(1e-30)
-    return (ours * factor).flatten(1)
+    return (ours * torch.where(factor.abs() > SMALLEST, factor, 1.0)).flatten(1)
 
 
 def ratio(ours: torch.Tensor, theirs: torch.Tensor) -> float:
