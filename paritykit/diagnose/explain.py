@@ -30,6 +30,8 @@ from paritykit.results import Cause, Finding, Slice
 
 log = logging.getLogger(__name__)
 SHOWN = 3
+LEAST = 0.01
+"""Confidence below which a cause is not shown beside another: it reads as none."""
 COMPARING = ("modules", "logits", "tokens")
 """Checks whose findings are explained by what was captured."""
 EXPLAINED_POINTS = 3
@@ -132,7 +134,10 @@ def _not_computed(finding: Finding, why: str) -> Cause:
 
 
 def causes_of(scene: Scene) -> list[Cause]:
-    """The causes that fit, best first, at most three; ``unknown`` with what can be seen where none does."""
+    """The causes that fit, best first, at most three, and beside it only those that may be it as well.
+
+    ``unknown`` with what can be seen where none fits.
+    """
     with torch.inference_mode():
         bar = Bar(scene)
         if not bar.wrong.any() and not scene.floor:
@@ -143,7 +148,8 @@ def causes_of(scene: Scene) -> list[Cause]:
         total = sum(n.tried.weight for n in named)
         if fitting:
             rivals = sorted(fitting, key=lambda n: -n.tried.weight)
-            return [_cause(scene, n, named, total) for n in rivals[:SHOWN]]
+            first, *others = [_cause(scene, n, named, total) for n in rivals[:SHOWN]]
+            return [first, *(c for c in others if c.confidence >= LEAST)]
         told = sorted(patterns, key=lambda p: -p[1].confidence)
         if told:
             return [_told(kind, pattern) for kind, pattern in told[:SHOWN]]

@@ -29,6 +29,7 @@ SOME = {
     "position-drift": "llama_tied",
     "window-missing-in-decode": "mistral",
     "bias-doubled": "llama",
+    "config-window-missing": "gemma3",
     "gate-up-interleaved": "qwen2",
     "head-permuted": "qwen2",
     "experts-not-renormalised": "mixtral",
@@ -37,6 +38,7 @@ SOME = {
 """One of each area, over all models; others are among those below."""
 FAINT = {
     ("rope-magnitude", "qwen2", "float32"): 10.0,
+    ("head-never-written", "gemma3", "float32"): 10.0,
     ("norm-eps", "mistral", "float32"): 2.5,
     ("window-on-full-attention", "qwen2", "bfloat16"): 10.0,
     ("residual-scaled", "mistral", "bfloat16"): 2.5,

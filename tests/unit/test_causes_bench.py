@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paritykit.captures.manifest import Segment
+from paritykit.case import Case
 from paritykit.diagnose.bench.columns import Columns
+from paritykit.diagnose.bench.kvcache import Held
+from paritykit.diagnose.bench.linear import linear_shares
 from paritykit.diagnose.bench.rotation import Rotation, base_of, measure, powers
+from paritykit.diagnose.causes.cache import judged
 from paritykit.diagnose.causes.cap import fitted
 from paritykit.diagnose.causes.pooling import pooled_activation, pooling_type
 from paritykit.diagnose.explain import causes_of
 from paritykit.diagnose.trial import Bar, Trial
+from tests.made import write_capture
 from tests.scenes import TOKENS, numbers, scene_of
 
 # rotation
@@ -56,6 +65,30 @@ def test_a_rotation_leaves_position_0_and_what_is_beyond_its_dims() -> None:
     assert torch.allclose(turned[0], x[0])
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+# another matrix
+
+
+@pytest.mark.parametrize("width", [16, 96])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5])
+def test_what_a_matrix_makes_of_the_input_is_told_by_other_positions(width: int, noise: float) -> None:
+    x = numbers(60, 8) @ numbers(8, width, seed=1) + 0.3 * numbers(60, width, seed=2)
+    made, bias = x @ numbers(width, 50, seed=3), 100.0 * numbers(50, seed=4)
+    other = noise * float(made.std()) * numbers(60, 50, seed=5)
+    share, expected = linear_shares(x.double(), (made + other + bias).double(), noise=float(other.norm()))
+    assert expected > 0.5
+    assert share == pytest.approx(expected, abs=0.1)
+
+
+def test_what_no_matrix_makes_of_the_input_is_not() -> None:
+    x, weight = numbers(60, 8) @ numbers(8, 32, seed=1), numbers(50, 32, seed=3)
+    mixed_up = (x.roll(1, dims=0) - x) @ weight.T
+    rounded = (x @ weight.T).to(torch.bfloat16).float() - x @ weight.T
+    for error in (mixed_up, rounded, numbers(60, 50, seed=5)):
+        share, expected = linear_shares(x.double(), error.double(), noise=0.01 * float(error.norm()))
+        assert share < 0.5 * expected
+    assert linear_shares(x.double(), 0 * mixed_up.double(), noise=0.0) == (0.0, 0.0)
 
 
 # scores
@@ -164,6 +197,39 @@ def test_pooled_rows_are_told_by_tokens_and_function(tmp_path: Path) -> None:
     made = scene_of(tmp_path / "b", "pool", {"norm": hidden, "pool": last}, {"pool": last.softmax(-1)}, rows=1)
     assert causes_of(made)[0].name == "pooled-activation"
     assert list(pooled_activation(made))
+
+
+# caches
+
+
+@pytest.mark.parametrize("port", ["key_cache", "value_cache"])
+def test_scales_of_a_cache_that_were_not_read_are_a_factor(tmp_path: Path, port: str) -> None:
+    ours, scales = numbers(TOKENS, 2, 16), 100 + 50 * numbers(TOKENS, 2, 1, seed=1).tanh()
+    point = f"m#{port}"
+    found = causes_of(scene_of(tmp_path / "a", point, {point: ours}, {point: ours * scales}))
+    assert found[0].name == "scale-factor"
+    assert "of its own" in found[0].evidence
+    other = causes_of(scene_of(tmp_path / "b", point, {point: ours}, {point: ours * numbers(TOKENS, 2, 16, seed=1)}))
+    assert other[0].name != "scale-factor"
+    here = (torch.arange(TOKENS) != 5)[:, None, None]
+    for value in (0.0, torch.nan):
+        lost = torch.where(here, ours + 1e-7 * numbers(TOKENS, 2, 16, seed=2), value)
+        made = scene_of(tmp_path / f"{value}", point, {point: ours}, {point: lost}, floor=1e-7)
+        assert causes_of(made)[0].name != "scale-factor"
+
+
+@pytest.mark.parametrize(("waits", "name"), [(True, "stale"), (False, "table")])
+def test_what_others_wrote_is_stale_where_a_request_waited_meanwhile(tmp_path: Path, waits: bool, name: str) -> None:
+    cases = [Case(id=n, tokens=tuple(range(4)), new_tokens=4, forced=(1, 2, 3)) for n in "ab"]
+    own, others = [Segment(0, start, 1) for start in (4, 5)], [Segment(1, start, 1) for start in (4, 5)]
+    order = [[own[0]], [others[0]], [own[1]]] if waits else [[own[0], others[0]], [own[1], others[1]]]
+    steps = [(list(segments), {"m": numbers(len(segments), 2)}) for segments in order]
+    candidate = write_capture(tmp_path / "c", steps, cases=cases)
+    row = torch.full((6,), -1)
+    mine = Held(("a", "b"), 0, row == 0, row == 0, row, row)
+    spoilt = replace(mine, wrong=row == -1, case=row + 2, position=row + 2)
+    scene: Any = SimpleNamespace(candidate_capture=candidate, reference_capture=SimpleNamespace(cases=candidate.cases))
+    assert judged(scene, {"a": spoilt, "b": replace(mine, own=1)}) == name
 
 
 # features

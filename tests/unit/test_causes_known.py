@@ -41,10 +41,41 @@ def test_which_tensor_it_is_decides(tensor: str, metric: str, name: str) -> None
     assert cause_of(finding(tensor, "fail", check="weights", metric=metric)) == name
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(("tensor", "metric", "message", "name"), [
+    (HEAD, "tie-mismatch", "tie_word_embeddings is false, but the checkpoint has no lm_head.weight", "lm-head"),
+    (EMBEDDING, "tie-mismatch", f"the checkpoint has {HEAD} but no {EMBEDDING}; it is true", "weight-not-loaded"),
+    (HEAD, "tie-mismatch", f"{HEAD} is stored beside {EMBEDDING}; they differ", "weight-shared-wrongly"),
+    (EMBEDDING, "shape-mismatch", "x: stored as [496, 96], but Config makes it [499, 96]", "vocab-shard"),
+    (EMBEDDING, "shape-mismatch", "x: stored as [499, 64], but Config makes it [499, 96]", ""),
+    (EMBEDDING, "shape-mismatch", "x: stored as [496, 64], but Config makes it [499, 96]", ""),
+    (QUERY, "shape-mismatch", "x: stored as [64, 96], but Config makes it [96, 96]", ""),
+])  # fmt: skip
+def test_what_files_lack_is_a_cause(tensor: str, metric: str, message: str, name: str) -> None:
+    assert cause_of(finding(tensor, "fail", check="checkpoint", metric=metric, message=message)) == name
+
+
 def test_a_head_that_is_not_read_because_it_is_tied_is_shared() -> None:
     unread = finding("lm_head.weight", "fail", check="weights", metric="unread")
     tied = finding("model.embed_tokens.weight", "fail", check="weights", metric="tied-wrongly")
     assert [f.causes[0].name for f in named([unread, tied])] == ["weight-shared-wrongly"] * 2
+
+
+def test_what_only_differs_after_other_requests_is_stale() -> None:
+    warm = finding("l.1", "fail", check="prefix_cache", condition="after 32 of its 40 tokens", origin="introduced")
+    later = finding("l.2", "fail", check="prefix_cache", origin="inherited", order=1)
+    cold = finding("l.1", "pass")
+    found = named([cold, warm, later])
+    assert [[c.name for c in f.causes] for f in found] == [[], ["kv-stale"], []]
+    assert "after 32 of its 40 tokens" in found[1].causes[0].evidence
+
+
+@pytest.mark.parametrize("other", ["modules", "chunking"])
+def test_what_differs_in_other_ways_too_is_not_said_to_be_stale(other: str) -> None:
+    warm = finding("l.1", "fail", check="prefix_cache", origin="introduced")
+    assert not any(f.causes for f in named([warm, finding("l.1", "fail", check=other)]))
 
 
 def test_what_passes_and_other_checks_are_left_as_they_are() -> None:

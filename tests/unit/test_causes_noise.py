@@ -98,6 +98,35 @@ def test_what_sees_a_key_that_is_not_known_is_not_known() -> None:
     assert torch.allclose(found[:2], clean)
 
 
+# which are named
+
+
+@pytest.mark.parametrize(("more", "shown"), [(0.0, 2), (0.1, 2), (3.0, 1)])
+def test_only_what_may_be_the_cause_as_well_is_named_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: float, shown: int
+) -> None:
+    """``more``: what the second leaves beyond the noise, in units of it."""
+
+    def of(*seeds: int) -> Any:
+        def trials(scene: Any) -> Iterator[Trial]:
+            change = unit(1) + sum((more * FLOOR * unit(n) for n in seeds), torch.zeros(TOKENS, WIDTH))
+            yield Trial("changed", lambda case: scene.reference(scene.point, case) + change)
+
+        return trials
+
+    module = SimpleNamespace(one=of(), other=of(7))
+    monkeypatch.setitem(__import__("sys").modules, "odd.module", module)
+    made = {
+        n: CauseKind(code=f"PK19{len(n)}", name=n, what="w", tested="t", look="l", tests=(f"odd.module:{n}",))
+        for n in ("one", "other")
+    }
+    monkeypatch.setattr(CAUSES, "_values", made)
+    found = causes_of(noisy(tmp_path, unit(1))._scene)
+    assert len(found) == shown
+    assert found[0].confidence > (0.45 if shown == 2 else 0.99)
+    assert found[0].name == "one" or not more
+
+
 # a first look
 
 

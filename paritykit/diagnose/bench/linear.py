@@ -10,6 +10,9 @@ from paritykit.captures.manifest import point_key
 from paritykit.diagnose.bench.calibrate import reproduces
 from paritykit.diagnose.scene import Scene
 
+SMALLEST = 1e-6
+"""Share of an error below which nothing is said of it."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -55,6 +58,26 @@ def _linear_of(scene: Scene, module: str) -> Linear | None:
     found = Linear(scene, module, weight, scene.parameter(f"{module}.bias"))
     right = reproduces(scene, module, lambda case: found.output(scene.input_of(module, case)))
     return found if right else None
+
+
+def linear_shares(x: torch.Tensor, error: torch.Tensor, *, noise: float) -> tuple[float, float]:
+    """How much of ``error`` ``[positions, out]`` a matrix makes of ``x`` ``[positions, in]``: shares of its square.
+
+    The first is what the other positions say of each, by ridge regression; the second what they would say of it if the
+    error were such a product beside independent ``noise`` (its norm), with any matrix whatever. Both are of what varies
+    from position to position, so that a bias counts for nothing.
+    """
+    x, error = x - x.mean(0), error - error.mean(0)
+    kernel, size = x @ x.T, float(error.pow(2).sum())
+    made, spread = max(size - noise**2, 0.0), float(kernel.trace())
+    if not made or not spread:
+        return 0.0, 0.0
+    of_noise = torch.eye(len(x)).to(x) * max(noise**2, SMALLEST * made) / len(x)
+    # Without their mean the others would give each away: so the mean is taken for unknown, and large.
+    of_mean = torch.full_like(kernel, made / len(x))
+    inverse = torch.linalg.inv(kernel * made / spread + of_noise + of_mean)
+    left = (inverse @ error) / inverse.diagonal()[:, None]
+    return 1 - float(left.pow(2).sum()) / size, 1 - float((1 / inverse.diagonal()).sum()) / size
 
 
 def is_head(scene: Scene, module: str) -> bool:

@@ -94,7 +94,8 @@ def judged(scene: Scene, held: dict[str, Held]) -> str:
     foreign = sum(int(h.foreign.sum()) for h in held.values())
     moved = sum(int(h.moved.sum()) for h in held.values())
     if foreign >= moved:
-        left = [h.foreign & _is_earlier(scene, c, h) for c, h in held.items()]
+        # One that lost its blocks to others goes on over what these left there.
+        left = [h.foreign & (_is_earlier(scene, c, h) | was_interrupted(scene, c)) for c, h in held.items()]
         return "stale" if int(torch.cat(left).sum()) * 2 > foreign else "table"
     case = max(held, key=lambda c: int(held[c].moved.sum()))
     if not _whole_blocks(scene, held[case]):

@@ -11,7 +11,7 @@ from paritykit.diagnose.bench.columns import columns_of
 from paritykit.diagnose.bench.linear import is_head
 from paritykit.diagnose.bench.lookup import Lookup, lookup_of
 from paritykit.diagnose.causes.cap import capped, caps
-from paritykit.diagnose.causes.weights import own, unlike_share
+from paritykit.diagnose.causes.weights import of_another_matrix, own, unlike_share
 from paritykit.diagnose.scene import Scene
 from paritykit.diagnose.trial import Pattern, Trial
 
@@ -52,6 +52,10 @@ def lm_head(scene: Scene) -> Iterator[Trial | Pattern]:
     if share is not None and share > 0.9:
         text = f"the logits of {share:.0%} of the vocabulary are not like the reference's anywhere"
         yield Pattern(f"{text}: the head's weight is not the checkpoint's, nor the embedding's", 0.7)
+        return
+    told = of_another_matrix(scene)
+    if told:
+        yield Pattern(f"{told}: the head's weight is not the checkpoint's", 0.7)
 
 
 def vocab_shard(scene: Scene) -> Iterator[Trial]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from paritykit.diagnose.bench.attention import Attention, attention_of, rotary_dims
+from paritykit.diagnose.bench.attention import Attention, Core, attention_of, config_windows, rotary_dims
 from paritykit.diagnose.bench.rotation import Rotation, as_pairs, base_of, bases_in, measure, powers
 from paritykit.diagnose.causes.attention import chunk_starts, first_wrong
 from paritykit.diagnose.scene import Scene
-from paritykit.diagnose.trial import Trial
+from paritykit.diagnose.trial import EXPLAINED, Trial
 
 USUAL_BASES = (10000.0, 500000.0, 1000000.0, 100000.0, 8000000.0, 150000.0)
 NEAR_INTEGER = 1e-3
+SYMPTOM = 0.05
+"""Prior of a rotary base that comes with another window: the layer is then taken for one of another kind."""
 NO_MAGNITUDE = 1e-7
 """Of cos and sin, how far from the reference's a magnitude is none."""
 
@@ -36,9 +39,11 @@ def predict(attention: Attention, case: str, rotation: Rotation, positions: torc
     return attention.predict(case, attention.output((query, key, value)))
 
 
-def with_rotation(attention: Attention, label: str, rotation: Rotation, *, free: int = 0) -> Iterator[Trial]:
+def with_rotation(
+    attention: Attention, label: str, rotation: Rotation, *, free: int = 0, prior: float = 1.0
+) -> Iterator[Trial]:
     """Queries and keys rotated otherwise; where keys are right in the cache, one of both alone."""
-    yield Trial(label, lambda case: predict(attention, case, rotation), free=free)
+    yield Trial(label, lambda case: predict(attention, case, rotation), free=free, prior=prior)
     if attention.scene.port != "key_cache":
         yield Trial(f"{label} of queries only,", partial(_one_side, attention, rotation, 0), free=free)
         yield Trial(f"{label} of keys only,", partial(_one_side, attention, rotation, 1), free=free)
@@ -86,16 +91,64 @@ def theta(scene: Scene) -> Iterator[Trial]:
         return
     known = bases_in(scene.config)
     nearest = min(known, key=lambda b: abs(b - base), default=base)
+    other = layer_kinds(scene, attention)
     tried = [*known, *USUAL_BASES, nearest * 2, nearest / 2, nearest * 10, nearest / 10]
     for value in dict.fromkeys(tried):
         if abs(value - base) > 1e-3 * base:
             label = f"with a rotary base of {value:g} instead of {nearest:g}"
-            yield from with_rotation(attention, label, replace(own, frequencies=powers(value, own.dims)))
+            prior = SYMPTOM if value in other else 1.0
+            yield from with_rotation(attention, label, replace(own, frequencies=powers(value, own.dims)), prior=prior)
     measured = candidates(scene, attention)
     fitted = None if measured is None else base_of(measured.frequencies, own.dims)
     if fitted is not None and abs(fitted - base) > 1e-3 * base:
         label = f"with a rotary base of {fitted:.6g} instead of {nearest:g}"
         yield from with_rotation(attention, label, replace(own, frequencies=powers(fitted, own.dims)), free=1)
+
+
+def layer_kind(scene: Scene) -> Iterator[Trial]:
+    """A layer that is taken for one of another kind, with that one's rotary base and window: keys show the base."""
+    attention = rotated(scene)
+    if attention is None:
+        return
+    own = attention.rotation
+    for base, window in layer_kinds(scene, attention).items():
+        text = f"without the sliding window of {attention.core.window}" if window is None else f"a window of {window}"
+        label = f"with a layer of another kind, {text} and with a rotary base of {base:g},"
+        rotation = replace(own, frequencies=powers(base, own.dims))
+        yield Trial(label, partial(predict, attention, rotation=rotation))
+
+
+def layer_kinds(scene: Scene, attention: Attention) -> dict[float, int | None]:
+    """Bases of the config beside which the candidate's attention has another window than the reference's, and which.
+
+    Keys alone tell a base and no window; what attention made of them tells both.
+    """
+    return scene.once("layer kinds", lambda: _layer_kinds(scene, attention))
+
+
+def _layer_kinds(scene: Scene, attention: Attention) -> dict[float, int | None]:
+    own, core = attention.rotation, attention.core
+    windows = [w for w in (*config_windows(scene), None) if w != core.window]
+    if scene.port != "key_cache" or not own.dims or not windows or attention.context not in scene.rules:
+        return {}
+    found: dict[float, int | None] = {}
+    for base in bases_in(scene.config):
+        rotation = replace(own, frequencies=powers(base, own.dims))
+        left = {w: _left(attention, rotation, replace(core, window=w)) for w in (core.window, *windows)}
+        best = min(left, key=left.__getitem__)
+        if left[best] < EXPLAINED * left[core.window]:
+            found[base] = best
+    return found
+
+
+def _left(attention: Attention, rotation: Rotation, core: Core) -> float:
+    """How far what attention makes of keys and queries that are turned so is from the candidate's."""
+    scene, wrong = attention.scene, 0.0
+    for case in scene.cases:
+        made = attention.output(attention.turned(case, rotation), core)
+        error = scene.candidate(attention.context, case) - made
+        wrong += float(error.nan_to_num().double().pow(2).sum())
+    return math.sqrt(wrong)
 
 
 def partial_dims(scene: Scene) -> Iterator[Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
         text, free = named(factor, scene.config)
         label = f"multiplied by {text}"
         yield Trial(label, lambda case: scene.reference(scene.point, case) * factor, free=free, prior=prior)
+    if scene.port in ("key_cache", "value_cache"):
+        label = "with each key or value of each head multiplied by a factor of its own"
+        yield Trial(label, partial(_row_by_row, scene), free=2, prior=prior)
     linear = linear_of(scene, scene.module) if not scene.port else None
     if linear is not None and linear.bias is not None:
         bias = linear.bias
@@ -44,6 +48,14 @@ def scale_factor(scene: Scene) -> Iterator[Trial]:
             yield Trial(
                 label, lambda case: (scene.reference(scene.point, case) - bias) * inner + bias, free=free, prior=prior
             )
+
+
+def _row_by_row(scene: Scene, case: str) -> torch.Tensor:
+    """The rows of a quantised cache whose scales, one for each head and position, are other than they should be."""
+    shape = (-1, *scene.points[scene.point].row)
+    ours, theirs = (side(scene.point, case).reshape(shape) for side in (scene.reference, scene.candidate))
+    factor = (ours * theirs).sum(-1, keepdim=True) / ours.pow(2).sum(-1, keepdim=True).clamp_min(1e-30)
+    return (ours * torch.where(factor.abs() > SMALLEST, factor, 1.0)).flatten(1)
 
 
 def ratio(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -27,14 +27,15 @@ TABLE: tuple[dict[str, Any], ...] = (
         "what": "A layer sees more or less of the past than its config says.",
         "tested": (
             "Attention is computed anew from the recorded queries, keys and values with no window, one position "
-            "more or less, the config's, and the length at which the difference begins."
+            "more or less, the config's, and the length at which the difference begins. Where keys have another "
+            "layer kind's rotary base, whether attention has its window too."
         ),
         "look": (
             "sliding_window and layer_types; whether prefill and decode both get the layer's own window and not "
             "that of its KV cache group."
         ),
         "seen": ("vLLM #14896", "vLLM #17180", "litgpt #1995"),
-        "tests": ("attention:window",),
+        "tests": ("attention:window", "rotary:layer_kind"),
     },
     {
         "code": "PK103",
@@ -226,7 +227,10 @@ TABLE: tuple[dict[str, Any], ...] = (
         "code": "PK126",
         "name": "scale-factor",
         "what": "An output is multiplied by a constant too much, or too few.",
-        "tested": "One factor is fitted to all rows; config numbers and square roots are recognised.",
+        "tested": (
+            "One factor is fitted to all rows; config numbers and square roots are recognised. In a cache also one for "
+            "each key or value of each head."
+        ),
         "look": "Embedding, residual and logit multipliers, and scales of a quantised cache or value.",
         "seen": ("vLLM #34813", "vLLM #31175", "mlx-lm #764"),
         "tests": ("scale:scale_factor",),
@@ -270,7 +274,10 @@ TABLE: tuple[dict[str, Any], ...] = (
         "code": "PK133",
         "name": "lm-head",
         "what": "The output head's weight is not the checkpoint's, or its rows are in another order.",
-        "tested": "The logits are searched for among the reference's, in any order.",
+        "tested": (
+            "The logits are searched for among the reference's, in any order; whether another matrix makes their "
+            "difference of the input is read off the other positions."
+        ),
         "look": "Whether a tied head is tied, padding of the vocabulary, a bias of the head.",
         "seen": ("vLLM #3344", "SGLang #5759", "mlx-lm #1143"),
         "tests": ("head:lm_head",),

@@ -9,9 +9,9 @@ import torch
 
 from paritykit.captures.manifest import point_key
 from paritykit.diagnose.bench.columns import columns_of, in_attention, siblings
-from paritykit.diagnose.bench.linear import Linear, embedding_weight, is_head, linear_of
+from paritykit.diagnose.bench.linear import Linear, embedding_weight, is_head, linear_of, linear_shares
 from paritykit.diagnose.scene import LAYER, Scene
-from paritykit.diagnose.trial import Pattern, Trial
+from paritykit.diagnose.trial import NOISE, Pattern, Trial
 
 NEAR = 4
 """Layers before and after from which a weight may have been taken."""
@@ -19,6 +19,10 @@ FEW = 0.1
 """Share of the features up to which a damage is local."""
 ROWS = 8
 """Positions that it takes to say what a feature goes with."""
+MOST = 2048
+"""Positions up to which each is held against all others."""
+TOLD, AS_EXPECTED = 0.1, 0.5
+"""What a matrix must let positions say of each other at least, and how much of that they must say."""
 UNLIKE = 0.5
 """Correlation below which a feature is not the reference's."""
 
@@ -159,12 +163,36 @@ def weight_corrupt(scene: Scene) -> Iterator[Trial | Pattern]:
     yield from _nonfinite(scene)
     wrong = _wrong_features(scene)
     if not 0 < len(wrong) <= max(2, FEW * scene.width(scene.point)):
+        told = "" if is_head(scene, scene.module) else of_another_matrix(scene)
+        if told:
+            yield Pattern(f"{told}: its weight holds other numbers than the checkpoint", 0.6)
         return
     yield from _single(scene, linear, wrong)
     which = ", ".join(map(str, wrong[:4].tolist())) + (" and others" if len(wrong) > 4 else "")
     what = "output features" if len(wrong) > 1 else "output feature"
     text = f"only {what} {which} of {scene.width(scene.point)} of {scene.module} differ, in every position"
     yield Pattern(f"{text}: those rows of the weight are not the checkpoint's", 0.8)
+
+
+def of_another_matrix(scene: Scene) -> str:
+    """That a linear layer's difference is a matrix times what it was fed with, in words; empty where it is not.
+
+    What rounds, or puts rows in each other's place, gives a difference that other positions say nothing of.
+    """
+    if own(scene) is None:
+        return ""
+    x = torch.cat([scene.input_of(scene.module, c) for c in scene.cases]).double()
+    ours = torch.cat([scene.reference(scene.point, c) for c in scene.cases]).double()
+    theirs = torch.cat([scene.candidate(scene.point, c) for c in scene.cases]).double()
+    rows = theirs.isfinite().all(1)
+    if not ROWS <= int(rows.sum()) <= MOST:
+        return ""
+    noise = (scene.floor or NOISE * scene.allowed.whole) * float(ours[rows].norm())
+    share, expected = linear_shares(x[rows], (theirs - ours)[rows], noise=noise)
+    if expected < TOLD or share < AS_EXPECTED * expected:
+        return ""
+    text = f"the difference at {scene.module} is another matrix times what it was fed with: the other positions say"
+    return f"{text} {share:.0%} of each one's, where such a matrix would let them say {expected:.0%}"
 
 
 def _wrong_features(scene: Scene) -> torch.Tensor:
