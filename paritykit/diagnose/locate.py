@@ -7,6 +7,7 @@ context, a residual sum, gate times up) was computed by the code of the module a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -22,6 +23,11 @@ class Graph:
         self._points = leading_points(manifest.points)
         self._order = {k: n for n, k in enumerate(self._points)}
         self._parents = {p.module for p in self._points.values() if p.module}
+        self._given: dict[str, list[str]] = defaultdict(list)
+        """What modules around gave on of a point, by that point."""
+        for key, point in self._points.items():
+            if point.source and not point.port:
+                self._given[point.source].append(key)
 
     def order(self, key: str) -> int:
         """Place of a point in execution order; after all others if it is unknown."""
@@ -54,7 +60,8 @@ class Graph:
         if point is None:
             return []
         if point.source:
-            return [point.source] if point.source in compared else self.origins(point.source, compared=compared)
+            made = [k for k in (point.source, *self._handed_on(point)) if k in compared]
+            return made or self.origins(point.source, compared=compared)
         if point.port != "input" and not self._inside(point.module):
             fed = point_key(point.module, port="input", call=point.call)
             if fed in compared:
@@ -63,6 +70,10 @@ class Graph:
                 return self.origins(fed, compared=compared)
         scope = self.around(point.module) if point.port == "input" else point.module
         return self._earlier(scope, before=point)
+
+    def _handed_on(self, point: Point) -> list[str]:
+        """Modules around that gave the very tensor that ``point`` is, before it."""
+        return [k for k in self._given[point.source] if self._order[k] < self._order[point.key]]
 
     def _inside(self, module: str) -> list[str]:
         start = f"{module}." if module else ""

@@ -20,7 +20,7 @@ from paritykit.results import Results
 from paritykit.testing.faults import FAULTS, Fault, find, planted
 from paritykit.testing.faults.cache import LOST
 from tests.faulty import LAYERS, Ground, Trial, differences, homes, model_of
-from tests.replayed import Planted, explained, named, places
+from tests.replayed import BESIDE, Planted, explained, named, places
 
 LIVE = [f for _, f in FAULTS.items() if f.stage == "live" and "vllm" in f.engines]
 IN_CI = (
@@ -29,8 +29,6 @@ IN_CI = (
     "null-attention", "null-rotation",
 )  # fmt: skip
 ON_GEMMA = ("rope-theta", "norm-eps", "gate-up-swapped", "residual-dropped")
-BESIDE = {name: {"model.layers.1.mlp.up_proj"} for name in ("gate-up-swapped", "gate-up-interleaved")}
-"""Modules that are wrong by the same mistake."""
 LAYER = 1
 CASES = [
     pk.Case(id="a", tokens=tuple(range(3, 40)), new_tokens=3),
@@ -107,7 +105,7 @@ def test_a_fault_is_reported_where_it_is_and_gone_afterwards(ground: Ground, fau
     assert places & {first.point, first.seen_at}, first
     assert first.origin != "inherited"
     introduced = {f.located for f in results.findings if f.check == "modules" and f.origin == "introduced"}
-    assert introduced <= places | BESIDE.get(fault.name, set())
+    assert introduced <= places | {f"model.layers.{LAYER}.{m}" for m in BESIDE.get(fault.name, ())}
     failed = {f.check for f in results.findings if f.verdict == "fail"}
     assert set(fault.checks) & {"modules", "logits"} <= failed
     if fault.when.only == "decode":

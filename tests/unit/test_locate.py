@@ -156,6 +156,18 @@ def test_an_alias_passes_on_what_it_is() -> None:
     assert start(only) == ("model.layers.0.mlp.down", "model.layers.0.mlp", "introduced")
 
 
+def test_what_a_module_around_gives_is_handed_on() -> None:
+    """The block is wrong though what it ends with is right; a norm is fed with the block's very tensor."""
+    keys = ["mlp.down", "mlp", "norm#input", "norm"]
+    graph = Graph(manifest(dict.fromkeys(keys, 4), sources={"mlp": "mlp.down", "norm#input": "mlp.down"}))
+    found = [finding(k, "pass" if k == "mlp.down" else "fail", order=graph.order(k)) for k in keys]
+    origins = {f.point: f.origin for f in locate(found, graph) if f.verdict == "fail"}
+    assert origins == {"mlp": "introduced", "norm#input": "inherited", "norm": "inherited"}
+    lost = [finding(k, "fail" if k.startswith("norm") else "pass", order=graph.order(k)) for k in keys]
+    origins = {f.point: f.origin for f in locate(lost, graph) if f.verdict == "fail"}
+    assert origins == {"norm#input": "introduced", "norm": "inherited"}
+
+
 def test_what_is_lost_between_two_modules_is_not_the_first_ones_fault() -> None:
     """The layer before is right, and what the next one is given is not what it gave: a stage of a pipeline, say."""
     own, mlp = "model.layers.1", "model.layers.1.mlp"

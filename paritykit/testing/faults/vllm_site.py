@@ -190,7 +190,9 @@ class VllmSite(Site):
             made: torch.Tensor = wrong(gate) * up
             return made
 
-        self.on_output(self.block.mlp.act_fn, product)
+        mlp = self.block.mlp
+        self.changes.set(mlp, "act_fn", copy.deepcopy(mlp.act_fn))  # layers of some families share one
+        self.on_output(mlp.act_fn, product)
 
     def on_experts(self, wrong: Wrong) -> None:
         """``wrong(run, x, logits)`` instead of the experts' output; ``run(x, logits)`` routes and computes rightly."""
