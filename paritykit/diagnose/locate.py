@@ -69,7 +69,11 @@ class Graph:
             if fed in self._points:
                 return self.origins(fed, compared=compared)
         scope = self.around(point.module) if point.port == "input" else point.module
-        return self._earlier(scope, before=point)
+        found = self._earlier(scope, before=point)
+        while scope and not found:  # nothing was computed there before: it was handed in from around
+            scope = self.around(scope)
+            found = self._earlier(scope, before=point)
+        return found
 
     def _handed_on(self, point: Point) -> list[str]:
         """Modules around that gave the very tensor that ``point`` is, before it."""

@@ -156,6 +156,20 @@ def test_an_alias_passes_on_what_it_is() -> None:
     assert start(only) == ("model.layers.0.mlp.down", "model.layers.0.mlp", "introduced")
 
 
+def test_what_a_module_is_handed_unseen_comes_from_around_it() -> None:
+    """A block of experts reshapes what it is fed, so that its router's input is nobody's very tensor."""
+    keys = ["layer.norm#input", "layer.norm", "layer.mlp.gate#input", "layer.mlp.gate", "layer.mlp"]
+    graph = Graph(manifest(dict.fromkeys(keys, 4)))
+    compared = [k for k in keys if k != "layer.mlp.gate#input"]
+
+    def origins(*failing: str) -> dict[str, str | None]:
+        found = [finding(k, "fail" if k in failing else "pass", order=graph.order(k)) for k in compared]
+        return {f.point: f.origin for f in locate(found, graph) if f.verdict == "fail"}
+
+    assert origins("layer.norm", "layer.mlp.gate") == {"layer.norm": "introduced", "layer.mlp.gate": "inherited"}
+    assert origins("layer.mlp.gate", "layer.mlp") == {"layer.mlp.gate": "introduced", "layer.mlp": "inherited"}
+
+
 def test_what_a_module_around_gives_is_handed_on() -> None:
     """The block is wrong though what it ends with is right; a norm is fed with the block's very tensor."""
     keys = ["mlp.down", "mlp", "norm#input", "norm"]
