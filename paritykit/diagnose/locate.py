@@ -72,7 +72,7 @@ class Graph:
         found = self._earlier(scope, before=point)
         while scope and not found:  # nothing was computed there before: it was handed in from around
             scope = self.around(scope)
-            found = self._earlier(scope, before=point)
+            found = [k for k in self._earlier(scope, before=point) if self._points[k].module != point.module]
         return found
 
     def _handed_on(self, point: Point) -> list[str]:
