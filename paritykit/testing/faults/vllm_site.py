@@ -174,9 +174,11 @@ class VllmSite(Site):
     def on_layer(self, wrong: Wrong) -> None:
         """``wrong(right, hidden)`` instead of what the whole layer makes of ``hidden``."""
 
-        def layer(right_of: Any, positions: Any, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        def layer(
+            right_of: Any, positions: Any, hidden: torch.Tensor, residual: torch.Tensor | None, **rest: Any
+        ) -> Any:
             before = hidden.clone() if residual is None else hidden + residual
-            update, stream = right_of(positions, hidden, residual)
+            update, stream = right_of(positions, hidden, residual, **rest)
             total = self.blend(update + stream, wrong(update + stream, before))
             return torch.zeros_like(total), total
 
