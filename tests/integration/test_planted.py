@@ -104,7 +104,9 @@ def test_a_fault_is_reported_where_it_is_and_gone_afterwards(ground: Ground, fau
     assert first is not None
     assert places & {first.point, first.seen_at}, first
     assert first.origin != "inherited"
-    introduced = {f.located for f in results.findings if f.check == "modules" and f.origin == "introduced"}
+    new = [f for f in results.findings if f.check == "modules" and f.origin == "introduced"]
+    # A small error that is passed on may be just within the limit at one point and just beyond it at the next.
+    introduced = {f.located for f in new if f.value is None or f.value > 2 * (f.allowed or 0)}
     assert introduced <= places | {f"model.layers.{LAYER}.{m}" for m in BESIDE.get(fault.name, ())}
     failed = {f.check for f in results.findings if f.verdict == "fail"}
     assert set(fault.checks) & {"modules", "logits"} <= failed
