@@ -31,9 +31,11 @@ def _cases() -> Iterable[tuple[str, str]]:
 
 
 def _models() -> Iterable[tuple[str, str]]:
-    from paritykit.testing import TINY_FAMILIES
+    from paritykit.testing import REAL_MODELS, TINY_FAMILIES, TRANSPLANTS
 
-    return ((f"tiny:{name}", "") for name in TINY_FAMILIES)
+    yield from ((f"tiny:{name}", "") for name in TINY_FAMILIES)
+    yield from ((f"real:{name}", "trained; needs paritykit[real]") for name in REAL_MODELS)
+    yield from ((f"real:smollm2,family={name}", "the same weights in another family") for name in TRANSPLANTS)
 
 
 def _metrics() -> Iterable[tuple[str, str]]:

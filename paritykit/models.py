@@ -1,10 +1,10 @@
-"""What a user may write for MODEL: a folder, a hub id, or ``tiny:FAMILY,FIELD=VALUE,...``."""
+"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE,...`` or ``real:NAME``."""
 
 from __future__ import annotations
 
 from paritykit.case import Tokenize
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.testing.named import TINY, TinyModel
+from paritykit.testing.named import REAL, TINY, TinyModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -20,7 +20,11 @@ def resolve_model(model: str) -> Checkpoint:
 
 
 def folder_of(model: str) -> str:
-    """``model``, or the folder of the tiny model that ``tiny:FAMILY,...`` means, made on the spot."""
+    """``model``, or the folder of the model that ``tiny:FAMILY,...`` or ``real:NAME,...`` means, made on the spot."""
+    if model.startswith(REAL):
+        from paritykit.testing.real import build_named
+
+        return str(build_named(model))
     return str(TinyModel(model).build()) if model.startswith(TINY) else model
 
 
