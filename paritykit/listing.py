@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from paritykit.case import RECIPES, SETS
 from paritykit.checks import CHECKS
 from paritykit.engines import ENGINES
+from paritykit.passages import PASSAGES
 from paritykit.reports import REPORTS
 
 ENGINE_LINES = {
@@ -27,6 +28,7 @@ def _checks() -> Iterable[tuple[str, str]]:
 
 def _cases() -> Iterable[tuple[str, str]]:
     yield from ((n, f"{r.length} tokens, {r.new_tokens} new") for n, r in RECIPES.items())
+    yield from ((n, f"{p.kind}, for a model with a tokenizer") for n, p in PASSAGES.items())
     yield from ((n, "one batch of " + ", ".join(recipes)) for n, recipes in SETS.items())
 
 

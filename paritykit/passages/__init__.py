@@ -19,8 +19,9 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Tokenizer(Protocol):
     """What a model's tokenizer is asked. Both raise UsageError where it cannot be loaded or refuses its input."""
 
-    has_template: bool
-    """Whether it knows how the model's chats are written."""
+    @property
+    def has_template(self) -> bool:
+        """Whether it knows how the model's chats are written."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the model's inputs begin or end with."""

@@ -1,9 +1,9 @@
 """Trained Llama weights in the checkpoint of another family that computes the same function.
 
-Only families that can do so exactly are here, with weights that stay what bfloat16 holds: rows are moved, fused, repeated
-or scaled by a power of two, zeros are added. A family that takes something away from every input cannot: Qwen3, OLMo 2
-and Gemma 3 normalise each head's query and key, whose lengths a Llama uses; Gemma adds one to the weight of a norm, and
-``w - 1`` is not a bfloat16 number.
+Only families that can do so exactly are here, with weights that bfloat16 still holds: rows are moved, fused, repeated
+or scaled by a power of two, zeros are added. Qwen3, OLMo 2 and Gemma 3 are not: they normalise queries and keys, whose
+lengths a Llama uses, and no weight of the norm gives a length back that differs from token to token. Nor is Gemma: it
+adds one to a norm's weight, and ``w - 1`` is not a bfloat16 number; vLLM has it with no other activation than GELU.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ WEIGHTS = "model.safetensors"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def _same(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+def _keep(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
     return tensors
 
 
-def _add_zero_biases(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+def _add_zero_biases(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
     """Biases of q, k and v, all zero."""
     import torch
 
@@ -56,7 +56,7 @@ def _add_zero_biases(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return {**tensors, **added}
 
 
-def _fuse(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+def _fuse(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
     """The rows of q, k and v as one linear, those of gate and up as another."""
     import torch
 
@@ -68,8 +68,8 @@ def _fuse(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return found
 
 
-def _cancel_scales(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """Weights divided by what the config multiplies with; tied or not, the head's weights are those of the embedding."""
+def _cancel_scales(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
+    """Weights divided by what the config multiplies with; a head of its own as one that is tied to the embedding."""
     factors = {
         "embed_tokens": 1 / SCALES["embedding_multiplier"],
         "lm_head": SCALES["logits_scaling"],
@@ -81,7 +81,7 @@ def _cancel_scales(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 
 
 def _repeat_experts(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """Every expert is the MLP, so the sum of those that a token gets, with weights that add up to one, is the MLP too."""
+    """Every expert is the MLP, and so is the sum of those that a token gets, since their shares add up to one."""
     found = {name: weight for name, weight in tensors.items() if ".mlp." not in name}
     for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}.block_sparse_moe"
@@ -116,20 +116,20 @@ class Transplant:
     """A family: its ``model_type``, what becomes of the weights, and config fields of its own."""
 
     model_type: str
-    rewrite: Callable[[Tensors, Mapping[str, Any]], Tensors] = _same
-    fields: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda config: {})
+    rewrite: Callable[[Tensors, Mapping[str, Any]], Tensors] = _keep
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=lambda _: {})
 
 
 FAMILIES: dict[str, Transplant] = {
     "llama": Transplant("llama"),
-    "mistral": Transplant("mistral", fields=lambda c: {"sliding_window": None}),
+    "mistral": Transplant("mistral", fields=lambda _: {"sliding_window": None}),
     "qwen2": Transplant("qwen2", _add_zero_biases),
     "phi3": Transplant("phi3", _fuse, lambda c: {"original_max_position_embeddings": c["max_position_embeddings"]}),
     "granite": Transplant(
         "granite", _cancel_scales, lambda c: {**SCALES, "attention_multiplier": SCORE_SCALE * head_size(c) ** -0.5}
     ),
     "mixtral": Transplant(
-        "mixtral", _repeat_experts, lambda c: {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+        "mixtral", _repeat_experts, lambda _: {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
     ),
     "ernie4_5": Transplant("ernie4_5", _interleave),
     "smollm3": Transplant("smollm3", fields=lambda c: {"no_rope_layers": [1] * c["num_hidden_layers"]}),
