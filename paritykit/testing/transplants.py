@@ -156,6 +156,7 @@ def transplant(source: Path, family: str, target: Path, *, num_hidden_layers: in
         raise UsageError(f"{source} has {config['num_hidden_layers']} layers, not {wanted}")
     config["num_hidden_layers"] = wanted
     kind = find_transplant(family)
+    target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
             shutil.copyfile(file, target / file.name)

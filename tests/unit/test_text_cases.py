@@ -63,8 +63,7 @@ class Words:
 @given(name=st.sampled_from(sorted(PASSAGES)), most=st.none() | st.integers(9, 9000))
 def test_a_text_is_cut_to_the_model_and_no_shorter(name: str, most: int | None) -> None:
     whole = PASSAGES[name].tokens(Words())
-    limits = {"vocab_size": 0x110000, "max_positions": most, "tokenizer": Words()}
-    (case,) = CaseSet([name]).resolve(**limits)
+    (case,) = CaseSet([name]).resolve(vocab_size=0x110000, max_positions=most, tokenizer=Words())
     assert list(case.tokens) == whole[: len(case.tokens)]
     assert len(case.tokens) == min(len(whole), (most or 1 << 20) - case.new_tokens)
 
