@@ -83,6 +83,7 @@ def run(model: str, **options: Any) -> int:
         tensor_parallel_size=options["tensor_parallel_size"],
         map_file=options["map"],
         explain=not options["no_explain"],
+        local=options["local"],
     )
     with ProgressLine(quiet=options["quiet"]) as progress, plan.open(progress=progress) as session:
         results = session.results(plan.checks, command=["paritykit", *sys.argv[1:]])

@@ -50,6 +50,7 @@ class Plan:
     rules: list[UserRule] | None = None
     map_file: str = ""
     explain: bool = True
+    local: bool = False
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -70,6 +71,7 @@ class Plan:
             vary=partial(self.varied_engine, hosts=hosts),
             closing=hosts.stop,
             explain=self.explain,
+            local=self.local,
         )
 
     def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
@@ -207,6 +209,7 @@ def make_plan(
     tensor_parallel_size: int = 1,
     map_file: str | os.PathLike[str] | None = None,
     explain: bool = True,
+    local: bool = False,
 ) -> Plan:
     """Check every name and read every file. Raises UsageError, with the nearest names where one is wrong."""
     config = load_config(given)
@@ -236,6 +239,7 @@ def make_plan(
         rules=None if map_file is None else read_rules(map_file),
         map_file="" if map_file is None else str(map_file),
         explain=explain,
+        local=local,
     )
 
 

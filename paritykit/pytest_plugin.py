@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in OPTIONS.items():
         group.addoption(f"--parity-{name}", default=None, help=text)
     group.addoption("--parity-tensor-parallel-size", type=int, default=1, help="ranks of the candidate (default: 1)")
+    group.addoption("--parity-local", action="store_true", help="replay every module, where all passes too")
     group.addoption("--parity-no-explain", action="store_true", help="do not replay modules to find the culprits")
     group.addoption("--parity-engine-arg", action="append", default=[], metavar="KEY=VALUE",
                     help="argument of the candidate (repeatable)")  # fmt: skip

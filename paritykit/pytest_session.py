@@ -58,6 +58,7 @@ def plan_from_options(
         tensor_parallel_size=option("--parity-tensor-parallel-size"),
         map_file=option("--parity-map"),
         explain=not option("--parity-no-explain"),
+        local=option("--parity-local"),
     )
 
 
@@ -91,6 +92,7 @@ class ParitySession:
             rules=plan.rules,
             vary=None if command else partial(plan.varied_engine, hosts=hosts),
             explain=plan.explain,
+            local=plan.local,
         )
         self._held: dict[str, Exploration] = {}
         self._coverage: dict[str, Coverage] = {}

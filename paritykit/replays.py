@@ -16,7 +16,7 @@ from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
 from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.routing import find_routers
-from paritykit.diagnose.replay import Descent, Look, Place, Replayed, refine
+from paritykit.diagnose.replay import Descent, Look, Place, Replayed, expose, refine
 from paritykit.diagnose.slices import find_slices
 from paritykit.diagnose.tree import Tree
 from paritykit.engines.base import Progress
@@ -70,18 +70,34 @@ class Replays:
             refine([f], self._known[f.case])[0] if f.check in CHECKS and f.case in self._known else f for f in findings
         ]
 
+    def explain_all(self, findings: list[Finding]) -> list[Finding]:
+        """``findings`` with the local error of every point of every case, from one run, if the engine can replay.
+
+        What is wrong on the reference's own values fails, though what it was handed in the free run hides it.
+        """
+        if "replay" not in self._engine.capabilities:
+            return findings
+        cases = list(self._subject.reference.cases)
+        try:
+            found = self._descent(cases, findings).replay_all()
+        except ParityError as error:
+            first = next((f for f in findings if f.check in CHECKS), None)
+            return [_unmeasured(f, str(error)) if f is first else f for f in findings]
+        return [expose(f) for f in refine(findings, found)]
+
     def _replayed(self, cases: Sequence[str], free: Iterable[Finding]) -> Replayed:
-        manifest = self._subject.reference.manifest
+        return self._descent(cases, free).replay()
+
+    def _descent(self, cases: Sequence[str], free: Iterable[Finding]) -> Descent:
         graph = self._subject.graph
         todo = with_neighbours(self._subject.candidate, cases)
-        descent = Descent(
+        return Descent(
             graph=graph,
-            tree=Tree(manifest),
+            tree=Tree(self._subject.reference.manifest),
             points=sorted(self._rules, key=graph.order),
             free=free,
             run=lambda replaced, shown: self._look(replaced, shown, todo, cases),
         )
-        return descent.replay()
 
     def _look(self, replaced: Sequence[str], shown: Sequence[str], todo: list[Case], cases: Sequence[str]) -> Look:
         subject = self._subject

@@ -55,7 +55,7 @@ class Session:
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
     candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
-    fails.
+    fails, with ``local`` in every case.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Session:
         vary: Make | None = None,
         closing: Callable[[], None] | None = None,
         explain: bool = True,
+        local: bool = False,
     ) -> None:
+        self._local = local
         self._closing = closing
         self._explain = explain
         self._checkpoint = checkpoint
@@ -181,6 +183,8 @@ class Session:
         """``findings`` with a verdict behind expert flips; where they fail with local errors and causes, if wanted."""
         if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
             findings = self._routed.settle(findings)
+        if self._local and "subject" in self.__dict__:
+            findings = self._replays.explain_all(findings)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
             return findings
         if "subject" not in self.__dict__:

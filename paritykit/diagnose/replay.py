@@ -91,6 +91,14 @@ class Descent:
             level += 1
         return Replayed(self._local, self._culprits(), self._slices)
 
+    def replay_all(self) -> Replayed:
+        """Replace and look at every point at once: what each is, is the work of the code since the one before."""
+        every = [k for keys in self._by_module.values() for k in keys]
+        look = self._run(every, every)
+        self._note(look, len(LEVELS) - 1)
+        self._judge(look, len(LEVELS) - 1, [])
+        return Replayed(self._local, self._culprits(), self._slices)
+
     def _note(self, look: Look, level: int) -> None:
         """Keep what was measured: of a point that is seen on several levels the first is its module as a whole."""
         name = LEVELS[min(level, len(LEVELS) - 1)]
@@ -171,6 +179,24 @@ def _refined(finding: Finding, replayed: Replayed) -> Finding:
         slices=replayed.slices.get(place, []) if culprit else finding.slices,
         origin=origin,
         located=blamed or finding.located,
+    )
+
+
+def expose(finding: Finding) -> Finding:
+    """A finding that passes in the free run though its module is wrong by itself: it fails, by its local error."""
+    local = finding.local
+    if local is None or not local.culprit or finding.verdict != "pass":
+        return finding
+    text = "wrong on the reference's own values; what it is handed in the free run hides it"
+    return msgspec.structs.replace(
+        finding,
+        verdict="fail",
+        origin="introduced",
+        metric=local.metric,
+        value=local.value,
+        allowed=local.allowed,
+        allowed_source=local.allowed_source,
+        message="; ".join(filter(None, (finding.message, text))),
     )
 
 
