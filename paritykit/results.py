@@ -38,6 +38,16 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     args: dict[str, str] = {}
 
+    def __post_init__(self) -> None:
+        """Take strings of a class of their own, such as ``torch.__version__``, as the strings that they are."""
+        for name in ("versions", "args"):
+            given: dict[str, str] = getattr(self, name)
+            plain = {str(k): str(v) if isinstance(v, str) else v for k, v in given.items()}
+            msgspec.structs.force_setattr(self, name, plain)
+        for name in ("engine", "model", "dtype", "device", "digest", "attention_backend"):
+            value = getattr(self, name)
+            msgspec.structs.force_setattr(self, name, str(value) if isinstance(value, str) else value)
+
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
     """First record: what was compared, with what, by which command.

@@ -37,6 +37,11 @@ from paritykit.results import Side
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
 SHORT, LONG = "/tmp", 60  # noqa: S108
 """Sockets of vLLM and multiprocessing lie in the temporary folder; paths may not be longer than 107 characters."""
+START_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, AssertionError, OSError, AttributeError, ImportError,
+    ArithmeticError,
+)  # fmt: skip
+"""What a model's own code may raise, in vLLM's process."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
@@ -116,7 +121,7 @@ class VllmEngine:
         self._check_arguments(vllm)
         try:
             self._llm = vllm.LLM(**self._all_arguments())
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
+        except START_ERRORS as error:
             raise EngineError(f"vLLM cannot start {self.checkpoint.path}: {first_reason(error)}") from error
         if self._stages > 1:
             self._call("parity_warm_up")
@@ -240,7 +245,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        failures = (RuntimeError, ValueError, TypeError, AssertionError, EngineDeadError, EngineGenerateError)
+        failures = (*START_ERRORS, EngineDeadError, EngineGenerateError)
         index = {c.id: i for i, c in enumerate(cases)}
         generated: dict[str, list[int]] = {}
         groups = batches(cases)
@@ -341,4 +346,5 @@ def first_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join(lines[:2]) if lines else type(error).__name__
+    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(lines)
+    return ": ".join(([] if plain else [type(error).__name__]) + lines[:2])
