@@ -224,7 +224,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     """Last record: the verdict and its counts. A file without it is an unfinished run.
 
-    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed. ``notes``
+    say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
     """
 
     verdict: Verdict
@@ -240,6 +241,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     checks: dict[str, Verdict] = {}
     message: str = ""
     seconds: float | None = None
+    notes: list[str] = []
 
     @property
     def exit_code(self) -> int:

@@ -30,7 +30,7 @@ CAUSES = (
         "a tuple is used as a tensor: vLLM's linear layers return (output, bias), so take the first",
     ),
     (
-        re.compile(r"^KeyError"),
+        re.compile(r"\bKeyError\b"),
         "load_weights|^load",
         "the loader asks for a parameter that the model does not have: rename it, or skip what is not used",
     ),
