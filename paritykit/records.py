@@ -78,9 +78,11 @@ def assemble(
     config: Config,
     weights: list[WeightRow] | None = None,
     seconds: float | None = None,
+    notes: Iterable[str] = (),
 ) -> Results:
-    """All records of a run."""
+    """All records of a run; ``notes`` say what its verdict does not speak of."""
     summary = summarise(run.checks, coverage, findings, min_coverage=config["min_coverage"], seconds=seconds)
+    summary = msgspec.structs.replace(summary, notes=list(dict.fromkeys(notes)))
     return Results(run=run, cases=cases, coverage=coverage, findings=findings, weights=weights or [], summary=summary)
 
 
@@ -144,6 +146,8 @@ def merge_results(parts: list[Results]) -> Results:
     cases = {c.id: c for part in parts for c in part.cases}
     findings = list({(f.check, f.case, f.point): f for part in parts for f in part.findings}.values())
     summary = summarise(checks, list(coverage.values()), findings, min_coverage=load_config()["min_coverage"])
+    notes = list(dict.fromkeys(note for part in parts for note in part.summary.notes))
+    summary = msgspec.structs.replace(summary, notes=notes)
     return Results(
         run=msgspec.structs.replace(first.run, checks=checks, starts=_added(part.run.starts for part in parts)),
         cases=list(cases.values()),

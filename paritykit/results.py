@@ -38,6 +38,16 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     args: dict[str, str] = {}
 
+    def __post_init__(self) -> None:
+        """Take strings of a class of their own, such as ``torch.__version__``, as the strings that they are."""
+        for name in ("versions", "args"):
+            given: dict[str, str] = getattr(self, name)
+            plain = {str(k): str(v) if isinstance(v, str) else v for k, v in given.items()}
+            msgspec.structs.force_setattr(self, name, plain)
+        for name in ("engine", "model", "dtype", "device", "digest", "attention_backend"):
+            value = getattr(self, name)
+            msgspec.structs.force_setattr(self, name, str(value) if isinstance(value, str) else value)
+
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
     """First record: what was compared, with what, by which command.
@@ -214,7 +224,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     """Last record: the verdict and its counts. A file without it is an unfinished run.
 
-    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed. ``notes``
+    say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
     """
 
     verdict: Verdict
@@ -230,6 +241,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     checks: dict[str, Verdict] = {}
     message: str = ""
     seconds: float | None = None
+    notes: list[str] = []
 
     @property
     def exit_code(self) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from paritykit.audit import Audit, audit
 from paritykit.captures.reader import Capture
@@ -42,12 +45,15 @@ from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
+from paritykit.notes import Ran, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role
 from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.routed import Routed
+
+T = TypeVar("T")
 
 
 class Session:
@@ -92,6 +98,7 @@ class Session:
         self._reference.prepare(folder=Path(self._folder.name), cases=cases, progress=progress)
         self._opened = False
         self._free: dict[str, list[int]] | None = None
+        self.notes: list[str] = []
 
     def __enter__(self) -> Session:
         return self
@@ -169,28 +176,50 @@ class Session:
         answers += [self.vary(c) for c in loaded if isinstance(c, InvarianceCheck)]
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
         found = self.explained([f for a in answers for f in a.findings] + findings)
+        run = self.run_record(names, command=command)
+        if subject is not None:
+            config = self._checkpoint.text_config if self._checkpoint else {}
+            self.notes += notes_of(Ran(run.candidate, config, self._cases))
         return assemble(
-            self.run_record(names, command=command),
+            run,
             coverage=[a.coverage for a in answers] + coverage,
             findings=found,
             weights=[w for a in answers for w in a.weights],
             cases=case_infos(subject, free=self._free) if subject else [],
             config=self.config,
             seconds=time.monotonic() - started,
+            notes=self.notes,
         )
 
     def explained(self, findings: list[Finding]) -> list[Finding]:
         """``findings`` with a verdict behind expert flips; where they fail with local errors and causes, if wanted."""
         if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
-            findings = self._routed.settle(findings)
+            unsettled = findings
+            findings = self._attempt("settling expert flips", lambda: self._routed.settle(unsettled), unsettled)
         if self._local and "subject" in self.__dict__:
-            findings = self._replays.explain_all(findings)
+            free = findings
+            findings = self._attempt("the replay", lambda: self._replays.explain_all(free), free)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
             return findings
         if "subject" not in self.__dict__:
             return explain_findings(findings, subject=None, checkpoint=self._checkpoint)
-        local = accumulate(self._replays.explain(findings), replayed=self._replays.done)
-        return explain_findings(local, subject=self.subject, checkpoint=self._checkpoint)
+        replayed = self._attempt("the replay", lambda: self._replays.explain(findings), findings)
+        local = accumulate(replayed, replayed=self._replays.done)
+        return self._attempt(
+            "the diagnosis",
+            lambda: explain_findings(local, subject=self.subject, checkpoint=self._checkpoint),
+            local,
+        )
+
+    def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
+        """What ``make`` gives; ``instead``, with a note, where it fails: what was compared stands without it."""
+        try:
+            return make()
+        except UsageError:
+            raise
+        except Exception as error:
+            self.notes.append(f"{what} failed, so it says nothing: {type(error).__name__}: {error}{_place(error)}")
+            return instead
 
     @cached_property
     def _routed(self) -> Routed:
@@ -209,7 +238,12 @@ class Session:
             skipped = [Unmatched(side="candidate", point=check.name, reason=reason)]
             return Answer(coverage=Coverage(check=check.name, points=0, compared=0, skipped=skipped), findings=[])
         self._say(f"checking: {check.name}")
-        return check.run(self.model)
+        failed = Answer(coverage=Coverage(check=check.name, points=0, compared=0), findings=[])
+        answer = self._attempt(f"check {check.name}", lambda: check.run(self.model), failed)
+        if answer is not failed:
+            return answer
+        skipped = [Unmatched(side="candidate", point=check.name, reason=self.notes[-1])]
+        return msgspec.structs.replace(answer, coverage=msgspec.structs.replace(answer.coverage, skipped=skipped))
 
     def examine(self, check: ReferenceCheck) -> Answer:
         """What a check of the reference alone finds."""
@@ -330,6 +364,12 @@ class Session:
     def _say(self, what: str) -> None:
         if self._progress:
             self._progress(what, 0, 0)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of code of an error, for who reports it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def run_checks(

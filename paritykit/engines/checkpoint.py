@@ -20,7 +20,11 @@ DTYPES = {
     "BOOL": "bool",
 }  # fmt: skip
 """Names of dtypes in safetensors headers, and elsewhere."""
-LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+LENGTH_KEYS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+"""Keys for the most positions of a model: those that vLLM 0.32 derives ``max_model_len`` from."""
 
 
 class Checkpoint:
@@ -73,8 +77,8 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """Most positions the model is made for, where the config says so."""
-        return next((v for k in LENGTH_KEYS if isinstance(v := self.text_config.get(k), int) and v > 0), None)
+        """Most positions the model is made for, where the config says so: the least of several."""
+        return min((v for k in LENGTH_KEYS if isinstance(v := self.text_config.get(k), int) and v > 0), default=None)
 
     @property
     def dtype(self) -> str:

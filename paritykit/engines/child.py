@@ -35,7 +35,7 @@ from paritykit.engines.messages import (
     decode_order,
     encode,
 )
-from paritykit.errors import ParityError, UsageError
+from paritykit.errors import EngineMissingError, ParityError, UsageError
 
 
 def main(arguments: list[str]) -> None:
@@ -66,10 +66,13 @@ class _Host:
         try:
             answer = self._carry_out(order)
         except ParityError as error:
-            answer = Failed(type(error).__name__, str(error))
+            behind = error.__cause__ is not None and not isinstance(error, UsageError | EngineMissingError)
+            if behind:
+                traceback.print_exc()
+            answer = Failed(type(error).__name__, str(error), logged=behind)
         except Exception as error:
             traceback.print_exc()
-            answer = Failed("", f"{type(error).__name__}: {error}")
+            answer = Failed("", f"{type(error).__name__}: {error}", logged=True)
         self._say(answer)
 
     def close(self) -> None:

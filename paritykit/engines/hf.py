@@ -29,6 +29,7 @@ from paritykit.captures.writer import CaptureFolder, PartWriter
 from paritykit.case import Case
 from paritykit.comparison.ensemble import Ensemble
 from paritykit.engines.base import Progress, batches
+from paritykit.engines.causal import carried, check_causal, check_complete
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.drawing import Drawing
 from paritykit.engines.dtypes import parse_dtype
@@ -89,15 +90,18 @@ class HFEngine:
         self._model: Any = None
 
     def open(self) -> None:
-        """Load the model in evaluation mode."""
+        """Load the model in evaluation mode. Raises UsageError for a model that is no causal language model."""
+        check_causal(self.checkpoint, trust_remote_code=self._trust)
         try:
             with quiet(), self._precision():
-                model = AutoModelForCausalLM.from_pretrained(
+                model, told = AutoModelForCausalLM.from_pretrained(
                     self.checkpoint.path,
                     dtype=self._dtype,
                     attn_implementation=self._attention,
                     trust_remote_code=self._trust,
+                    output_loading_info=True,
                 )
+                check_complete(told["missing_keys"], kind=type(model).__name__, where=str(self.checkpoint.path))
                 self._model = model.to(self._device).eval()
                 if self._dtype is torch.float64:
                     let_run(model)
@@ -217,20 +221,22 @@ class _Generation:
         chosen: dict[str, list[int]] = {c.id: [] for c in self._group}
         tokens = [[0] * (self._longest - len(c.tokens)) + list(c.tokens) for c in self._group]
         mask = [[0] * (self._longest - len(c.tokens)) + [1] * len(c.tokens) for c in self._group]
-        cache: Any = None
+        cache: dict[str, Any] = {}
         for step in range(max(1, *(c.new_tokens for c in self._group))):
             segments, keep = self._labels(step, mask)
             layout.set(len(tokens), len(tokens[0]), keep=torch.tensor(keep, dtype=torch.bool))
             recorder.begin(segments, layout.rows)
+            if step and not cache:
+                raise EngineError(f"{type(self._model).__name__} hands on no cache to compute one token at a time with")
             output = self._forward(tokens, mask, cache)
             recorder.end()
-            cache = output.past_key_values
+            cache = carried(self._model, output)
             choice = output.logits[:, -1].argmax(-1).tolist()
             tokens = [[self._next(c, step, choice[i], chosen)] for i, c in enumerate(self._group)]
             mask = [[*row, 1] for row in mask]
         return chosen
 
-    def _forward(self, tokens: list[list[int]], mask: list[list[int]], cache: Any) -> Any:
+    def _forward(self, tokens: list[list[int]], mask: list[list[int]], cache: dict[str, Any]) -> Any:
         extra: dict[str, Any] = {}
         if not all(all(row) for row in mask):
             attention = torch.tensor(mask, device=self._device)
@@ -240,7 +246,7 @@ class _Generation:
                 extra["position_ids"] = positions
         ids = torch.tensor(tokens, device=self._device)
         with quiet():
-            return self._model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
+            return self._model(input_ids=ids, use_cache=True, **cache, **extra)
 
     def _labels(self, step: int, mask: list[list[int]]) -> tuple[list[Segment], list[list[bool]]]:
         """Row labels of this step, and which places are real: padding and finished cases are not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ class CacheReading(FirstTensor):
     """
 
     def __init__(self) -> None:
-        self._entered: dict[int, nn.Module] = {}
+        self._entered: dict[int, list[nn.Module]] = defaultdict(list)
         self._handed: list[Seen] = []
         self._watched: Any = None
 
@@ -28,7 +29,7 @@ class CacheReading(FirstTensor):
         """What was cached since, then as always; a cache that is met for the first time is watched from now on."""
         layer, cache = getattr(module, "layer_idx", None), kwargs.get("past_key_values")
         if isinstance(layer, int):
-            self._entered[layer] = module  # the innermost module with a layer's number caches for it
+            self._entered[layer].append(module)  # the innermost module with a layer's number caches for it
         if cache is not None and cache is not self._watched and hasattr(cache, "update"):
             self._watch(cache)
         yield from self._shown()
@@ -37,6 +38,9 @@ class CacheReading(FirstTensor):
     def outputs(self, module: nn.Module, output: Any) -> Iterator[Seen]:
         """What was cached since, then the module's output."""
         yield from self._shown()
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and module in self._entered[layer]:
+            self._entered[layer].remove(module)
         yield from super().outputs(module, output)
 
     def _shown(self) -> Iterator[Seen]:
@@ -47,7 +51,7 @@ class CacheReading(FirstTensor):
         update = cache.update
 
         def watched(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            owner = self._entered.get(layer_idx)
+            owner = self._entered[layer_idx][-1] if self._entered[layer_idx] else None
             if owner is not None:
                 pair = zip(CACHE_PORTS, (keys, values), strict=True)
                 self._handed += [Seen(port, tensor.transpose(1, 2), owner) for port, tensor in pair]

@@ -83,10 +83,14 @@ class Working(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The order failed: the error's class in ``paritykit.errors`` (empty: unforeseen) and its text."""
+    """The order failed: the error's class in ``paritykit.errors`` (empty: unforeseen) and its text.
+
+    ``logged``: an error of other code is behind it, whose traceback is in the log.
+    """
 
     error: str
     message: str
+    logged: bool = False
 
 
 Order = Open | RunCases | DrawRounding | ReadLedger | PoisonCache | CallFunction | Close

@@ -22,6 +22,7 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.comparison.ensemble import Ensemble
 from paritykit.engines.base import Progress
+from paritykit.engines.failure import explain, keep_log
 from paritykit.engines.group import end_group
 from paritykit.engines.messages import (
     Answer,
@@ -55,11 +56,13 @@ class HostProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._begun = 0
 
     def ask(self, order: Order, *, progress: Progress | None = None) -> Done:
         """Send an order and wait for its answer. Raises what the engine raised; EngineError if the process died."""
         if self._process is None:
             self._start()
+        self._begun = len(self._printed())
         try:
             self._orders.send_bytes(encode(order))
             while isinstance(answer := self._receive(), Working):
@@ -136,24 +139,36 @@ class HostProcess:
             self._process.wait(PATIENCE)
         code = self._process.returncode
         how = "stopped answering" if code is None else f"died of signal {-code}" if code < 0 else f"exited with {code}"
-        text = f"the engine's process {how}; its last words:\n{self.tail()}"
+        log = self._printed()
+        file = keep_log(log)
+        told = [self.tail(), explain(log, message=""), f"  whole log: {file}" if file else ""]
+        text = f"the engine's process {how}; its last words:" + "".join(f"\n{t}" for t in told if t)
         self.kill()
         return text
 
     def _error(self, answer: Failed) -> ParityError:
         kind = getattr(errors, answer.error, EngineError) if answer.error else EngineError
-        text = answer.message if answer.error else f"{answer.message}; the engine's last words:\n{self.tail()}"
+        text = f"{answer.message}{self._behind(answer.message)}" if answer.logged else answer.message
         made: ParityError = kind.__new__(kind)
         made.args = (text,)
         return made
 
-    def tail(self) -> str:
-        """The last lines the process printed."""
+    def _behind(self, message: str) -> str:
+        """Where in the user's code an error came from, what is likely, and the file that the whole log is kept in."""
+        log = self._printed()
+        file = keep_log(log)
+        told = [explain(log[self._begun :], message=message), f"  whole log: {file}" if file else ""]
+        return "".join(f"\n{text}" for text in told if text)
+
+    def _printed(self) -> str:
         if self._log is None:
             return ""
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"  {line}" for line in lines[-TAIL:])
+        file = self._log.fileno()  # the child writes where this file's own offset is, so that must stay
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+    def tail(self) -> str:
+        """The last lines the process printed."""
+        return "\n".join(f"  {line}" for line in self._printed().splitlines()[-TAIL:])
 
 
 class HostPool:

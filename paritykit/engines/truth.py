@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from paritykit.captures.manifest import Point
+from paritykit.engines.causal import carried
 from paritykit.engines.dtypes import DTYPES
 from paritykit.engines.widen import NarrowOps
 from paritykit.errors import EngineError
@@ -42,10 +43,10 @@ def prove_wide(model: Any, *, where: str) -> None:
 
 
 def _generate(model: Any) -> None:
-    cache = None
+    cache: dict[str, Any] = {}
     for tokens in (2, 1):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        cache = getattr(model(input_ids=ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+        cache = carried(model, model(input_ids=ids, use_cache=True, **cache))
 
 
 @torch.no_grad()

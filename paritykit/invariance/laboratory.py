@@ -150,7 +150,7 @@ class Laboratory:
             found = self._weights(engine)
         except EngineError as error:
             return UsageError(str(error))
-        untraced = next((f.message for f in found.findings if f.verdict == "inconclusive"), "")
+        untraced = "" if found.findings else "; ".join(s.reason for s in found.coverage.skipped)
         return UsageError(untraced) if untraced else found
 
     @property

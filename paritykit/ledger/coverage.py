@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, boxes_text, on_rank, size_of
 from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.cells import Cells
 from paritykit.provenance.weightmap import Spans, show, size
 
 
 def unread(subject: WeightSubject) -> Iterator[Problem]:
-    """Checkpoint elements that landed on no rank. Scattered ones did, but nothing tells which."""
-    scattered = {g.tensor for g in subject.gaps if g.kind == "scattered"}
+    """Checkpoint elements that landed on no rank. Scattered ones did, but nothing tells which; of those that were not
+    followed nothing is known.
+    """
+    scattered = {g.tensor for g in subject.gaps if g.kind == "scattered"} | subject.unfollowed.keys()
     for name, (shape, _) in subject.expected.tensors.items():
         handed = name in subject.found.tensors
         if name in scattered:
@@ -36,7 +38,7 @@ def unwritten(subject: WeightSubject) -> Iterator[Problem]:
         info = subject.parameters[gap.parameter, gap.rank]
         place = f"{gap.parameter}{show(gap.target, info.shape)}{on_rank(subject, gap.rank)}"
         padding = subject.ledgers[gap.rank].padding.get(gap.parameter)
-        if gap.kind == "unwritten" and info.buffer:
+        if gap.kind == "unfollowed" or (gap.kind == "unwritten" and info.buffer):
             continue
         if gap.kind == "constant" and padding and gap.value == 0 and gap.target[0].low >= padding[0]:
             continue

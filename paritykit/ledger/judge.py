@@ -27,7 +27,7 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge_weights(subject: WeightSubject) -> Judged:
-    """Findings in the order of the checkpoint, then those of parameters. A rank that was not traced is an error."""
+    """Findings in the order of the checkpoint, then those of parameters; none where a rank was not traced."""
     if subject.errors:
         return _untraced(subject)
     by_name: dict[str, list[Problem]] = defaultdict(list)
@@ -52,25 +52,22 @@ def _buffers(subject: WeightSubject) -> list[Unmatched]:
 
 
 def _untraced(subject: WeightSubject) -> Judged:
-    findings = [
-        Finding(
-            check=CHECK,
-            case="",
-            point=f"rank {rank}",
-            verdict="inconclusive",
-            message=f"the loader was not traced: {why}",
-        )
+    """No ledger is a check less, with its reason; what else a run compares stands."""
+    skipped = [
+        Unmatched(side="candidate", point=f"rank {rank}", reason=f"the loader was not traced: {why}")
         for rank, why in subject.errors.items()
     ]
-    points = len(subject.expected.tensors)
-    return Judged(coverage=Coverage(check=CHECK, points=points, compared=0), findings=findings, rows=[])
+    return Judged(coverage=Coverage(check=CHECK, points=0, compared=0, skipped=skipped), findings=[], rows=[])
 
 
 def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: int) -> Finding:
     landings = subject.by_tensor.get(name, [])
     reason = next((r for p in problems if (r := allowed_reason(subject, p))), "")
+    place = subject.unfollowed.get(name)
+    if place is not None:
+        reason = f"an operation on its way into {place} was not followed, so its numbers were not compared"
     real = [p for p in problems if not allowed_reason(subject, p)]
-    verdict: Verdict = "fail" if real else "skip" if reason and not landings else "pass"
+    verdict: Verdict = "fail" if real else "skip" if place or (reason and not landings) else "pass"
     more = f" (and {len(real) - 1} more)" if len(real) > 1 else ""
     shape, dtype = subject.expected.tensors.get(name, ((), ""))
     dtypes = sorted({subject.parameters[x.parameter, x.rank].dtype for x in landings})

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice, pairwise
 
-from paritykit.ledger.cells import Cells
 from paritykit.ledger.problem import Problem, on_rank, size_of
 from paritykit.ledger.subject import WeightSubject
+from paritykit.provenance.cells import Cells
 from paritykit.provenance.names import numbers, pattern
 from paritykit.provenance.weightmap import Landing, Spans, show, size
 

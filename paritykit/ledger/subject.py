@@ -122,6 +122,18 @@ class WeightSubject:
         """What no tensor explains."""
         return self.found.gaps
 
+    @cached_property
+    def unfollowed(self) -> dict[str, str]:
+        """Tensors of which it is not known where they arrived, to the parameter that they may be in.
+
+        A parameter that was written unseen may hold any tensor that landed nowhere.
+        """
+        gaps = [g for g in self.gaps if g.kind == "unfollowed"]
+        found = {g.tensor: g.parameter for g in gaps if g.tensor}
+        unseen = next((g.parameter for g in gaps if not g.tensor), "")
+        astray = [n for n in self.expected.tensors if unseen and n not in self.by_tensor]
+        return dict.fromkeys(astray, unseen) | found
+
     @property
     def arrived(self) -> list[Arrived]:
         """Landings whose numbers were compared."""

@@ -88,14 +88,15 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
         return running != sorted(running)
 
 
-Unfilled = Literal["unwritten", "constant", "unknown", "scattered"]
+Unfilled = Literal["unwritten", "constant", "unknown", "scattered", "unfollowed"]
 
 
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
     """A box of a parameter that no box of a tensor explains.
 
     ``unwritten``: the loader never touched it; ``constant``: it holds ``value`` whatever is loaded; ``unknown``: values
-    that depend on the checkpoint in a way that was not found; ``scattered``: elements of ``tensor`` in no order.
+    that depend on the checkpoint in a way that was not found; ``scattered``: elements of ``tensor`` in no order;
+    ``unfollowed``: made in part of ``tensor`` by an operation that is not followed, which proves nothing.
     """
 
     parameter: str

@@ -28,6 +28,8 @@ from paritykit.reports.wording import (
 from paritykit.results import Cause, Divergence, Finding, Results, Unmatched
 
 Field = tuple[str, str]
+NOTES = 4
+"""Notes that a summary shows."""
 LIMIT = 400
 SHOWN_GAPS = 2
 NEAR = 10.0
@@ -76,7 +78,14 @@ def fields_of(results: Results) -> list[Field]:
             found.append(("after", f"{count(after, 'later point')} {'is' if after == 1 else 'are'} inherited"))
     else:
         found += closest(results)
-    return found + left_out(results)
+    return found + left_out(results) + noted(results)
+
+
+def noted(results: Results) -> list[Field]:
+    """The notes of a run, the first few."""
+    notes = results.summary.notes
+    more = [("", f"and {len(notes) - NOTES} more notes")] if len(notes) > NOTES else []
+    return [("note", shorten(note, LIMIT)) for note in notes[:NOTES]] + more
 
 
 def closest(results: Results) -> list[Field]:

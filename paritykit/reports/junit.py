@@ -27,6 +27,8 @@ def render(results: Results) -> bytes:
     for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(name, str(len(suite.findall(f"./testcase/{tag}"))))
     suite.set("tests", str(len(suite.findall("./testcase"))))
+    if results.summary.notes:
+        Xml.SubElement(suite, "system-out").text = _clean("\n".join(f"note: {n}" for n in results.summary.notes))
     root = Xml.Element("testsuites")
     root.append(suite)
     Xml.indent(root)

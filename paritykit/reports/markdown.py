@@ -39,7 +39,7 @@ def render(results: Results) -> bytes:
         *_block(failure_text(results)),
         *_checks(results),
     ]
-    return _fit(head, [_failing(results), _weights(results), _gaps(results)])
+    return _fit(head, [_notes(results), _failing(results), _weights(results), _gaps(results)])
 
 
 def _block(text: str) -> list[str]:
@@ -60,6 +60,11 @@ def _checks(results: Results) -> list[str]:
 def _tally(results: Results, check: str) -> str:
     found = [f for f in results.findings if f.check == check]
     return f"{len(found):,}, {sum(f.verdict == 'fail' for f in found):,} failed"
+
+
+def _notes(results: Results) -> list[str]:
+    notes = [f"- {_text(note, 400)}" for note in results.summary.notes]
+    return ["### Notes", "", *notes] if notes else []
 
 
 def _failing(results: Results) -> list[str]:

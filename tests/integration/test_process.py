@@ -245,6 +245,10 @@ def test_errors_keep_their_kind(hosts: dict[str, HostProcess], tmp_path: Path, m
         ProcessEngine("hf", model, {"dtype": "float31"}, host=hosts["hf"]).open()
     with pytest.raises(UsageError, match="no_such_module"):
         ProcessEngine("no_such_module:make", model, {}, host=hosts["hf"]).open()
-    with pytest.raises(EngineError, match="ZeroDivisionError: a defect of the factory; the engine's last words:"):
+    with pytest.raises(
+        EngineError, match=r"ZeroDivisionError: a defect of the factory\n  at .*own_engines\.py:\d+ in defective: raise"
+    ) as caught:
         ProcessEngine(OWN + "defective", model, {}, host=hosts["hf"]).open()
+    log = Path(str(caught.value).rpartition("whole log: ")[2])
+    assert "ZeroDivisionError: a defect of the factory" in log.read_text()
     assert hosts["hf"].running

@@ -21,7 +21,7 @@ from paritykit.invariance.pool import EnginePool
 from paritykit.invariance.ranks import first_difference, replica_findings, replicas, weight_findings
 from paritykit.invariance.trial import Trial
 from paritykit.ledger.judge import Judged
-from paritykit.results import Coverage
+from paritykit.results import Coverage, Unmatched
 from tests.made import finding, manifest, write_capture
 
 CASE = Case(id="a", tokens=(1, 2, 3))
@@ -176,8 +176,13 @@ def test_an_engine_without_a_ledger_is_skipped_with_the_reason(tmp_path: Path) -
         raise EngineError("not traced")
 
     untraced = Judged(
-        coverage=Coverage(check="weights", points=1, compared=0),
-        findings=[finding("rank 0", "inconclusive", message="no loader")],
+        coverage=Coverage(
+            check="weights",
+            points=0,
+            compared=0,
+            skipped=[Unmatched(side="candidate", point="rank 0", reason="no loader")],
+        ),
+        findings=[],
         rows=[],
     )
     for capabilities, judge, reason in (

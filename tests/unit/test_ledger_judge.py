@@ -13,6 +13,7 @@ from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import Allowed, Expected, ReferenceLayout, WeightSubject
 from paritykit.provenance.weightmap import Gap, ParameterInfo, RankLedger, Span, TensorInfo, WeightMap
 from paritykit.results import SCHEMA_VERSION, Finding, Results, Run, Side, Summary, WeightRow, read_jsonl, write_jsonl
+from paritykit.verdict import check_verdict
 from tests.weights import Toy, altered, dropped, judged, subject
 
 TEXT = st.text(max_size=12)
@@ -153,10 +154,11 @@ def test_a_rank_that_was_not_traced_says_nothing_of_the_weights() -> None:
     whole = subject(Toy(ranks=2))
     ledgers = [whole.ledgers[0], RankLedger(rank=1, found=WeightMap(), error="KeyError: 'w13'")]
     got = judge_weights(WeightSubject(ledgers, Toy().expected()))
-    assert [(f.point, f.verdict, f.message) for f in got.findings] == [
-        ("rank 1", "inconclusive", "the loader was not traced: KeyError: 'w13'")
+    assert [(s.point, s.reason) for s in got.coverage.skipped] == [
+        ("rank 1", "the loader was not traced: KeyError: 'w13'")
     ]
-    assert (got.coverage.compared, got.rows) == (0, [])
+    assert (got.findings, got.rows) == ([], [])
+    assert check_verdict(got.coverage, got.findings, min_coverage=0.5) == "skip"
 
 
 def test_scalars_and_buffers() -> None:

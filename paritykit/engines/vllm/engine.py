@@ -22,7 +22,6 @@ from paritykit.captures.writer import CaptureFolder
 from paritykit.case import Case
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.engines.sibling import is_large, make_sibling
 from paritykit.engines.stages import merge_facts
 from paritykit.engines.strays import cache_facts
 from paritykit.engines.vllm.arguments import effective_arguments
@@ -31,13 +30,18 @@ from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.engines.vllm.steps import ended
 from paritykit.engines.vllm.warm import warm_ranks
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
-from paritykit.provenance.weightmap import RankLedger, WeightMap
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
 from paritykit.results import Side
 
 EXTENSION = "paritykit.engines.vllm.worker.ParityWorker"
 SHORT, LONG = "/tmp", 60  # noqa: S108
 """Sockets of vLLM and multiprocessing lie in the temporary folder; paths may not be longer than 107 characters."""
+START_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, AssertionError, OSError, AttributeError, ImportError,
+    ArithmeticError,
+)  # fmt: skip
+"""What a model's own code may raise, in vLLM's process."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
@@ -107,8 +111,6 @@ class VllmEngine:
         self._llm: Any = None
         self._facts: list[dict[str, Any]] = []
         self._ledgers: list[RankLedger] = []
-        self._maps: Any = None
-        self._untraced = ""
         if not (self._watched and provenance):
             self.capabilities = self.capabilities - {"ledger"}
 
@@ -117,11 +119,9 @@ class VllmEngine:
         self._prepare_environment()
         vllm = import_vllm()
         self._check_arguments(vllm)
-        if self._watched and self._provenance and is_large(self.checkpoint):
-            self._learn()
         try:
             self._llm = vllm.LLM(**self._all_arguments())
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, NotImplementedError) as error:
+        except START_ERRORS as error:
             raise EngineError(f"vLLM cannot start {self.checkpoint.path}: {first_reason(error)}") from error
         if self._stages > 1:
             self._call("parity_warm_up")
@@ -188,7 +188,11 @@ class VllmEngine:
     def ledger(self) -> list[RankLedger]:
         """Where every weight landed on each rank, and whether its numbers arrived."""
         return [
-            msgspec.structs.replace(r, names=f["names"], fused=f["fused"], error=self._untraced or r.error)
+            msgspec.structs.replace(
+                r,
+                names=f["names"],
+                fused=f["fused"],
+            )
             for r, f in zip(self._ledgers, self._facts, strict=True)
         ]
 
@@ -241,7 +245,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        failures = (RuntimeError, ValueError, TypeError, AssertionError, EngineDeadError, EngineGenerateError)
+        failures = (*START_ERRORS, EngineDeadError, EngineGenerateError)
         index = {c.id: i for i, c in enumerate(cases)}
         generated: dict[str, list[int]] = {}
         groups = batches(cases)
@@ -309,40 +313,9 @@ class VllmEngine:
             defaults["kv_cache_memory_bytes"] = kv_cache_bytes(self.checkpoint, length)
         if self._watched:
             target, arguments = self._before_load
-            traced = self._provenance and not self._untraced
-            orders = {"before_load": target, "before_load_args": arguments, "trace": traced}
-            if self._maps is not None:
-                orders["known"] = self._maps.name
+            orders = {"before_load": target, "before_load_args": arguments, "trace": self._provenance}
             defaults |= {"load_format": "paritykit", "model_loader_extra_config": orders}
         return defaults | self._arguments
-
-    def _learn(self) -> None:
-        """Keep the layout of a small sibling; a model that has none is loaded all the same, without a ledger.
-
-        A sibling has fewer layers, and so its stages say nothing of this model's.
-        """
-        if self._stages > 1:
-            self._untraced = "a model this large is traced with pipeline_parallel_size=1 only"
-            return
-        try:
-            maps = self._learned()
-        except EngineError as error:
-            self._untraced = str(error)
-            return
-        self._maps = tempfile.NamedTemporaryFile(prefix="paritykit-maps-", suffix=".json")  # noqa: SIM115
-        self._maps.write(msgspec.json.encode(maps))
-        self._maps.flush()
-
-    def _learned(self) -> list[WeightMap]:
-        """The layout of a small sibling, which is started first."""
-        with tempfile.TemporaryDirectory(prefix="paritykit-sibling-") as name:
-            folder = make_sibling(self.checkpoint, Path(name) / "model", ranks=self._ranks)
-            small = VllmEngine(str(folder), dtype=self._dtype, tensor_parallel_size=self._ranks, **self._arguments)
-            try:
-                small.open()
-                return [r.found for r in small.ledger()]
-            finally:
-                small.close()
 
     @property
     def _watched(self) -> bool:
@@ -373,4 +346,5 @@ def first_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join(lines[:2]) if lines else type(error).__name__
+    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(lines)
+    return ": ".join(([] if plain else [type(error).__name__]) + lines[:2])

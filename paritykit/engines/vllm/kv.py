@@ -86,10 +86,10 @@ class CacheReader:
     def read(self, layer: Any, table: torch.Tensor, end: int) -> tuple[int, list[torch.Tensor]]:
         """The first position that is sure to be kept, and keys and values from there to ``end``.
 
-        Behind a sliding window blocks are given to other layers, and a worker's block table does not tell.
+        Behind a sliding window, or before the chunk that is seen, blocks are given to other layers, and a block table
+        does not tell.
         """
-        window = window_of(layer)
-        start = max(0, end - window) if window else 0
+        start = first_kept(layer, end)
         positions = torch.arange(start, end, device=table.device)
         return start, self.layout(layer).read(layer.kv_cache, table, positions)
 
@@ -118,6 +118,20 @@ def is_readable(layer: Any) -> bool:
         and isinstance(getattr(layer, "kv_cache", None), torch.Tensor)
         and not getattr(layer, "kv_sharing_target_layer_name", None)
     )
+
+
+def first_kept(layer: Any, end: int) -> int:
+    """The first position that a layer sees, and so is sure to keep, once ``end`` positions are computed."""
+    chunk = chunk_of(layer)
+    if chunk:
+        return (end - 1) // chunk * chunk
+    window = window_of(layer)
+    return max(0, end - window) if window else 0
+
+
+def chunk_of(layer: Any) -> int:
+    """The chunk that a layer's attention is cut into; 0 where it is not."""
+    return int(getattr(layer, "attention_chunk_size", None) or 0)
 
 
 def window_of(layer: Any) -> int:

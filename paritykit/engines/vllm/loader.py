@@ -1,15 +1,15 @@
 """vLLM's own loader, watched: where each weight lands is traced before the real weights are read.
 
 A load format of its own, registered as vLLM's plug-ins do. It hands addresses to the model's ``load_weights`` first,
-reads them back, restores what was there, and then loads as vLLM does; linear weights are compared at once, since on a
-CPU vLLM packs and deletes them right after loading.
+reads them back, restores what was there, and then loads as vLLM does; of a large model it follows the loading itself.
+Linear weights are compared at once, since on a CPU vLLM packs and deletes them right after loading.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,8 +20,8 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_t
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from paritykit.provenance.watch import watch_load
-from paritykit.provenance.weightmap import RankLedger, WeightMap
+from paritykit.provenance.watch import Give, watch_load
+from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
 
 LOAD_FORMAT = "paritykit"
@@ -32,14 +32,12 @@ LEDGERS: WeakKeyDictionary[nn.Module, RankLedger] = WeakKeyDictionary()
 class LoadOrders(msgspec.Struct, frozen=True, kw_only=True):
     """What to do around loading.
 
-    ``before_load`` is ``package.module:function``, called with the model and ``before_load_args`` first. ``known`` is a
-    file with the weight maps of a small sibling, one for each rank; without it the loader is traced.
+    ``before_load`` is ``package.module:function``, called with the model and ``before_load_args`` first.
     """
 
     before_load: str = ""
     before_load_args: dict[str, Any] = {}
     trace: bool = True
-    known: str = ""
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -66,17 +64,25 @@ class WatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
                 model,
                 weights=partial(self.get_all_weights, model_config, model),
                 load=model.load_weights,  # type: ignore[arg-type]
-                load_real=partial(super().load_weights, model, model_config),
+                load_real=partial(self._load_given, model, model_config),
                 rank=rank,
                 padding=padding(model),
-                known=read_maps(Path(orders.known))[rank] if orders.known else None,
             )
             LEDGERS[model] = msgspec.structs.replace(ledger, stage=stage)
 
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """What vLLM reads, each tensor shown to who follows it."""
+        for name, tensor in super().get_all_weights(model_config, model):
+            yield name, tensor if self._give is None else self._give(name, tensor)
 
-def read_maps(path: Path) -> list[WeightMap]:
-    """The weight maps in a file, by rank."""
-    return msgspec.json.decode(path.read_bytes(), type=list[WeightMap])
+    def _load_given(self, model: nn.Module, model_config: Any, give: Give) -> None:
+        self._give = give
+        try:
+            super().load_weights(model, model_config)
+        finally:
+            self._give = None
+
+    _give: Give | None = None
 
 
 def padding(model: nn.Module) -> dict[str, tuple[int, str]]:

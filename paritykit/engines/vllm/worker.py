@@ -19,7 +19,7 @@ from paritykit.captures.manifest import CACHE_PORTS, Part, Segment, point_key
 from paritykit.captures.recorder import Recorder, Seen, Selection
 from paritykit.captures.writer import PartWriter
 from paritykit.engines.vllm.facts import declared_names, describe_device, module_facts
-from paritykit.engines.vllm.kv import CacheReader
+from paritykit.engines.vllm.kv import CacheReader, chunk_of
 from paritykit.engines.vllm.loader import LEDGERS
 from paritykit.engines.vllm.orders import CASE_KEY, Orders, Outcome
 from paritykit.engines.vllm.semantics import VllmReading, has_batch_axis, meaning_of
@@ -223,16 +223,30 @@ class _Session:
                 for row, segment in enumerate(self._segments):
                     end = segment.start + segment.length
                     if end == self._orders.cases[segment.case].positions:
-                        table = context.attn_metadata[name].block_table[row]
+                        table = self._blocks_of(name, layer, row)
                         self._record_cache(name, layer, table, segment=Segment(segment.case, 0, end))
+
+    def _blocks_of(self, name: str, layer: Any, row: int) -> torch.Tensor:
+        """The blocks of the request in this row: as the layer is told, but not where it is told of each chunk alone."""
+        from vllm.forward_context import get_forward_context
+
+        if not chunk_of(layer):
+            table: torch.Tensor = get_forward_context().attn_metadata[name].block_table[row]
+            return table
+        runner = self._runner
+        groups = runner.kv_cache_config.kv_cache_groups
+        number = next(n for n, group in enumerate(groups) if name in group.layer_names)
+        request = runner.requests[runner.input_batch.req_ids[row]]
+        return torch.tensor(request.block_ids[number], device=runner.device)
 
     def _record_cache(self, name: str, layer: Any, table: torch.Tensor, *, segment: Segment) -> None:
         module = name.rpartition(".")[0]
         try:
             start, pair = self._caches.read(layer, table, segment.length)
-        except EngineError as error:
+        except (EngineError, RuntimeError, LookupError, ValueError) as error:
+            reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             for port in CACHE_PORTS:
-                self._part.drop(module, port, str(error))
+                self._part.drop(module, port, f"the cache could not be read: {reason}")
             return
         length = segment.length - start
         self._recorder.begin([Segment(segment.case, start, length)], partial(_actual_rows, length, False))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paritykit.ledger.cells import Cells
+from paritykit.provenance.cells import Cells
 from paritykit.provenance.weightmap import Span, Spans
 
 Ints = npt.NDArray[np.int64]
