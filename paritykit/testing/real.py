@@ -86,7 +86,7 @@ def real_model(
 ) -> Path:
     """The folder of a trained checkpoint in bfloat16, with its tokenizer; made once from an installed package.
 
-    ``smollm2`` is SmolLM2-135M-Instruct, a Llama of 30 layers (269 MB, half a minute); ``minilm`` is all-MiniLM-L6-v2,
+    ``smollm2`` is SmolLM2-135M-Instruct, a Llama of 30 layers (269 MB, 40 seconds); ``minilm`` is all-MiniLM-L6-v2,
     a BERT. ``family`` gives the Llama's weights to another family that computes the same function with them, one of
     ``TRANSPLANTS``; ``num_hidden_layers`` keeps only the first layers. With no ``path`` the folder lies in the Hugging
     Face assets cache and is reused; a given ``path`` must be absent or an empty folder. The folder appears whole or not
