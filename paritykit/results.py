@@ -224,8 +224,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     """Last record: the verdict and its counts. A file without it is an unfinished run.
 
-    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed. ``notes``
-    say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    ``notes`` say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
     """
 
     verdict: Verdict

@@ -180,6 +180,8 @@ class Session:
         if subject is not None:
             config = self._checkpoint.text_config if self._checkpoint else {}
             self.notes += notes_of(Ran(run.candidate, config, self._cases))
+            reason = self._reference.no_ensemble
+            self.notes += [f"no rounding was drawn anew, the twin alone is the floor: {reason}"] if reason else []
         return assemble(
             run,
             coverage=[a.coverage for a in answers] + coverage,
