@@ -19,6 +19,7 @@ from paritykit.engines.process import HostPool
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.exploration import Exploration, explore
 from paritykit.invariance.explore import find_profile
+from paritykit.meanings import settle
 from paritykit.models import cases_for
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
@@ -117,7 +118,7 @@ class ParitySession:
         if case not in subject.reference.cases:
             raise UnknownNameError("case (mark the test with paritykit.cases)", case, subject.reference.cases)
         self._subject = subject
-        findings = self._session.explained(check.run(subject, case))
+        findings = self._session.explained(settle(subject, check.run(subject, case)))
         return self._keep(name, Answer(coverage=check.cover(subject), findings=findings))
 
     def hold(self, name: str, cases: CaseSet) -> Results:

@@ -109,7 +109,7 @@ class Replays:
             candidate=subject.candidate.manifest,
         )
         routers = [r.key for r in find_routers(subject.reference.manifest) if r.key in self._rules]
-        points = [p for k in (*shown, *routers) for p in (self._rules[k].candidate, self._rules[k].plus) if p]
+        points = [p for k in (*shown, *routers) for p in self._rules[k].points]
         if self._progress:
             self._progress("replaying", 0, 0)
         with tempfile.TemporaryDirectory(prefix="paritykit-replay-") as folder:

@@ -45,6 +45,7 @@ from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
+from paritykit.meanings import settle
 from paritykit.notes import Ran, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
@@ -385,6 +386,7 @@ def run_checks(
         if progress:
             progress(f"comparing: {check.name}", number, len(todo))
         findings += check.run(subject, case)
+    findings = settle(subject, findings)
     return [check.cover(subject) for check in loaded], findings
 
 

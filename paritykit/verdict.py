@@ -17,16 +17,18 @@ COMPARED = ("pass", "fail", "inconclusive")
 def check_verdict(coverage: Coverage, findings: Iterable[Finding], *, min_coverage: float) -> Verdict:
     """Skip where there was nothing to look at, for a reason; fail before error before inconclusive before pass.
 
-    Inconclusive is also less than ``min_coverage`` of the reference's points.
+    Inconclusive is also less than ``min_coverage`` of the reference's points. Those that are named alike count as not
+    compared.
     """
-    verdicts = {f.verdict for f in findings}
+    found = list(findings)
+    verdicts = {f.verdict for f in found}
     for worst in ("fail", "error", "inconclusive"):
         if worst in verdicts:
             return worst
     if not coverage.points and coverage.skipped:
         return "skip"
     unmatched = sum(u.side == "reference" for u in coverage.unmatched)
-    known = coverage.compared + unmatched
+    known = coverage.compared + unmatched + len({f.point for f in found if f.kind == "named_alike"})
     if not known or verdicts.isdisjoint(COMPARED) or coverage.compared / known < min_coverage:
         return "inconclusive"
     return "pass"

@@ -103,8 +103,9 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     Between ``begin`` and ``end`` each call is recorded; outside of them (warm-up runs) nothing is. The tensor is
     written inside the hook, so that a later write in place cannot change what was captured. ``alias`` recognises a
-    tensor that was recorded a moment ago (the same object, not modified since) and stores it once. ``keep_error``
-    is for engines that die of an exception in a hook: the first one ends the recording and stays in ``error``.
+    tensor that was recorded a moment ago (the same object with the same bytes) and stores it once; that torch counts no
+    write in between is no proof, as collectives and custom kernels are not counted. ``keep_error`` is for engines that
+    die of an exception in a hook: the first one ends the recording and stays in ``error``.
     With a ``feeder`` modules go on with what that gives in the place of what was seen of them.
     """
 
@@ -179,11 +180,10 @@ class Recorder(AbstractContextManager["Recorder"]):
         return None if self._feeder is None else self._feeder.value(key, seen.tensor, self._rows)
 
     def _write(self, seen: Seen, key: str, to_rows: Rows, *, module: str, kind: str, call: int) -> None:
-        source = self._recorded(seen.tensor)
-        if source is not None and source != key:
+        source, rows = self._recorded(seen.tensor), to_rows(seen.tensor, key)
+        if source is not None and source != key and (rows is None or self._part.holds(source, rows)):
             self._part.alias(source, module=module, port=seen.port, call=call, kind=kind)
             return
-        rows = to_rows(seen.tensor, key)
         if rows is None:
             self._part.drop(module, seen.port, f"its shape {list(seen.tensor.shape)} has no token axis")
             return

@@ -22,7 +22,7 @@ from paritykit.captures.manifest import (
     merge_parts,
     point_key,
 )
-from paritykit.captures.stream import DTYPE_CODES, TensorStream
+from paritykit.captures.stream import DTYPE_CODES, TensorStream, digest_tensor
 from paritykit.errors import EngineError, UsageError
 
 
@@ -68,6 +68,12 @@ class PartWriter:
             name = f"{point.key}|{step}"
             file, digest = self._stream.append(name, tensor)
             point.pieces.append(Piece(file, name, step, digest))
+
+    def holds(self, source: str, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` has the bytes that this step recorded as ``source``; True where that was left out."""
+        origin = self._points.get(source)
+        found = self._now(origin) if origin is not None else []
+        return not found or found[0].digest == digest_tensor(tensor)
 
     def alias(self, source: str, *, module: str, port: str, call: int, kind: str) -> None:
         """Say that this point is the very tensor last recorded as ``source``; nothing is written twice."""

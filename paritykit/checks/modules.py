@@ -65,13 +65,16 @@ def disagreements(subject: Subject, case: str) -> list[Finding]:
 
 
 def cover(subject: Subject) -> Coverage:
-    """Every output of the reference, compared or left out with its reason; inputs count only where compared."""
+    """Every output of the reference, compared or left out with its reason; inputs count only where compared.
+
+    A point that is named alike is none of both: it has findings that say so.
+    """
     mapping = subject.mapping
     compared = len(mapping.rules) + len(mapping.misfits) - any(r.reference == LOGITS for r in mapping.rules)
     left = [u for u in (*mapping.skipped, *mapping.unmatched) if u.point != LOGITS]
     return Coverage(
         check="modules",
-        points=compared + sum(u.side == "reference" for u in left),
+        points=compared + len(mapping.alike) + sum(u.side == "reference" for u in left),
         compared=compared,
         skipped=[u for u in left if u.reason],
         unmatched=[u for u in left if not u.reason],

@@ -21,6 +21,7 @@ from paritykit.diagnose.catalogue import UNKNOWN, CauseKind
 from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
 from paritykit.diagnose.limits import allowed_of, pooled_floor
+from paritykit.diagnose.locate import UNMEASURED
 from paritykit.diagnose.scene import ReadTensor, Scene
 from paritykit.diagnose.screening import ODD, Named, screen
 from paritykit.diagnose.slices import find_slices
@@ -159,7 +160,8 @@ def causes_of(scene: Scene) -> list[Cause]:
 def _first_points(findings: list[Finding]) -> list[str]:
     """The first point that differs, and what else is wrong beside it though its input is right, in order."""
     compared = [f for f in findings if f.verdict == "fail" and f.check in COMPARING]
-    failing = sorted(compared, key=lambda f: (f.origin == "inherited", f.order))
+    measured = [f for f in compared if f.metric not in UNMEASURED]
+    failing = sorted(measured or compared, key=lambda f: (f.origin == "inherited", f.order))
     if not failing:
         return []
     first = failing[0]

@@ -15,6 +15,9 @@ import msgspec
 from paritykit.captures.manifest import Manifest, Point, leading_points, point_key
 from paritykit.results import Divergence, Finding, Origin
 
+UNMEASURED = ("shape", "mapping")
+"""Metrics of findings about how points were matched: no number was measured."""
+
 
 class Graph:
     """Which points each point was computed from, as seen by the reference's hooks."""
@@ -96,7 +99,7 @@ class Graph:
 def locate(findings: Iterable[Finding], graph: Graph) -> list[Finding]:
     """The findings in execution order, each failing one marked introduced or inherited and with whom to blame."""
     ordered = sorted(findings, key=lambda f: f.order)
-    compared = {f.point: f.verdict == "fail" for f in ordered}
+    compared = {f.point: f.verdict == "fail" for f in ordered if f.metric not in UNMEASURED}
     return [_marked(f, graph, compared) for f in ordered]
 
 
@@ -109,9 +112,11 @@ def _marked(finding: Finding, graph: Graph, compared: Mapping[str, bool]) -> Fin
 
 
 def first_failure(findings: Iterable[Finding]) -> Finding | None:
-    """The finding that ``first_divergence`` is made of."""
+    """The finding that ``first_divergence`` is made of; one that no number was measured for, only where all are."""
     failing = [f for f in findings if f.verdict == "fail"]
-    return min(failing, key=lambda f: (f.origin == "inherited", f.case != "", f.order), default=None)
+    return min(
+        failing, key=lambda f: (f.metric in UNMEASURED, f.origin == "inherited", f.case != "", f.order), default=None
+    )
 
 
 def first_divergence(findings: Iterable[Finding]) -> Divergence | None:

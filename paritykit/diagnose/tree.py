@@ -29,6 +29,10 @@ class Tree:
         found = (m for outer in sorted(self._outer) for m in self._inside.get(outer, ()))
         return [*(m for m in found if m not in self._outer), ""]
 
+    def is_outer(self, module: str) -> bool:
+        """Whether a module holds the layers, or what holds them."""
+        return module in self._outer
+
     def inside(self, module: str) -> list[str]:
         """The modules directly inside one, in order of execution."""
         return [] if module in self._outer else self._inside.get(module, [])

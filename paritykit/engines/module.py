@@ -34,7 +34,7 @@ from paritykit.captures.writer import CaptureFolder, PartWriter
 from paritykit.case import Case
 from paritykit.engines.base import Progress
 from paritykit.engines.checkpoint import Checkpoint
-from paritykit.engines.reading import FirstTensor
+from paritykit.engines.reading import FirstTensor, other_paths
 from paritykit.engines.weights import checkpoint_weights, through_folder
 from paritykit.errors import EngineError, UsageError
 from paritykit.provenance.watch import watch_load
@@ -141,7 +141,8 @@ class ModuleEngine:
 
     def _facts(self) -> dict[str, Any]:
         landings = self._ledger.found.landings if self._ledger else []
-        return {"head": self._head, "landings": msgspec.to_builtins(landings)}
+        twice = other_paths(self._model)
+        return {"head": self._head, "landings": msgspec.to_builtins(landings), "same": twice}
 
     def _traceable(
         self, load: Load | None, weights: LoadWeights | None, folder: LoadFolder | None, checkpoint: str | Path

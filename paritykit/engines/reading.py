@@ -50,6 +50,16 @@ class FirstTensor:
         return exchange(output, seen.tensor, tensor)
 
 
+def other_paths(model: nn.Module) -> dict[str, str]:
+    """Path to the first path of the same module, for every module that lies under several.
+
+    Called once, it is recorded under its first.
+    """
+    first: dict[nn.Module, str] = {}
+    paths = ((name, first.setdefault(m, name)) for name, m in model.named_modules(remove_duplicate=False))
+    return {name: own for name, own in paths if name != own}
+
+
 def exchange(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     """``value`` with ``new`` wherever it holds the object ``old``; tuples, lists, mappings and dataclasses are copied.
 

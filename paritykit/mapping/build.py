@@ -44,6 +44,10 @@ class Mapping(msgspec.Struct, kw_only=True):
     unmatched: list[Unmatched]
     misfits: list[Misfit] = []
     disagreements: list[Disagreement] = []
+    alike: dict[str, str] = {}
+    """Points that are named alike and mean something else, to why that is known; they have no rule that is compared."""
+    stated: set[str] = set()
+    """Points that the user gave a rule for: these are no matter of names."""
 
 
 def build_mapping(reference: Manifest, candidate: Manifest, *, user: list[UserRule] | None = None) -> Mapping:
@@ -75,6 +79,8 @@ class _Builder:
         self._ranks = module_ranks(candidate.points)
         self._our_meanings: dict[str, str] = reference.facts.get("meanings", {})
         self._their_meanings: dict[str, str] = candidate.facts.get("meanings", {})
+        self._same: dict[str, str] = candidate.facts.get("same", {})
+        """A module's other paths, to the one that it is recorded under."""
         self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
         self._reasons: dict[str, str] = {d.point: d.reason for d in (*reference.dropped, *candidate.dropped)}
 
@@ -99,7 +105,7 @@ class _Builder:
         return self._assembled(rules, reasons, misfits)
 
     def _assembled(self, rules: dict[str, Rule], reasons: dict[str, str], misfits: list[Misfit]) -> Mapping:
-        used = {m.candidate for m in misfits} | {r.candidate for r in rules.values()} | {r.plus for r in rules.values()}
+        used = {m.candidate for m in misfits} | {k for r in rules.values() for k in r.points}
         left = [Unmatched(side="reference", point=k, reason=r) for k, r in reasons.items()]
         left += [
             Unmatched(side="candidate", point=k, reason=self._extra(p))
@@ -113,6 +119,7 @@ class _Builder:
             misfits=misfits,
             disagreements=[d for d in self._modules.disagreements if d.reference not in self._user]
             + self._disagreements,
+            stated=set(self._user),
         )
 
     def _explain(self, point: Point, rules: dict[str, Rule]) -> str:
@@ -151,6 +158,9 @@ class _Builder:
         if place.module in self._their_meanings:
             return self._their_meanings[place.module]
         key = point_key(place.module, port=point.port, call=point.call)
+        if key not in self._theirs and place.module in self._same:
+            place = place._replace(module=self._same[place.module])
+            key = point_key(place.module, port=point.port, call=point.call)
         if key not in self._theirs:
             return self._reasons.get(key, NO_CACHE if point.port in CACHE_PORTS else "")
         return self._sized(point, place, key)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from paritykit.captures.manifest import Manifest, module_ranks
 from paritykit.mapping.landed import SOURCE, Home, find_homes, landings_of, merge_blocks
-from paritykit.mapping.rules import Block, Part, fused_blocks
+from paritykit.mapping.rules import NEAREST, PARENT, PARTS, Block, Part, fused_blocks
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 EXPLICIT = ("declared loading rules", "packed_modules_mapping")
@@ -46,7 +46,7 @@ class ModuleMap:
 
     def __init__(self, reference: Manifest, candidate: Manifest) -> None:
         self._recorded = {p.module for p in candidate.points}
-        self._modules = self._recorded | set(candidate.facts.get("modules", ()))
+        self._modules = self._recorded | {*candidate.facts.get("modules", ()), *candidate.facts.get("same", ())}
         self._reference = list(dict.fromkeys(p.module for p in reference.points))
         self._packed: Mapping[str, list[str]] = candidate.facts.get("packed", {})
         self.fused = {m: [Part(**p) for p in parts] for m, parts in candidate.facts.get("fused", {}).items()}
@@ -146,8 +146,7 @@ class ModuleMap:
             fused = f"{parent}.{packed}" if parent else packed
             if last in parts and len(parts) > 1 and fused in self._modules and path not in self._modules:
                 return Place(fused, parts.index(last), "packed_modules_mapping")
-        source = "equal name" if module == path else "declared loading rules"
-        return None if module is None else Place(module, None, source)
+        return None if module is None else Place(module, None, "equal name" if module == path else NEAREST)
 
     def _derive(self, module: str) -> Place | None:
         """A container's place from its mapped descendants; otherwise the same name under its parent's place."""
@@ -160,12 +159,12 @@ class ModuleMap:
                 votes[ancestor(place.module, depth)] += 1
         best = next((m for m, _ in votes.most_common() if m in self._modules), None)
         if best is not None:
-            return Place(best, None, "equal name" if best == module else "its parts")
+            return Place(best, None, "equal name" if best == module else PARTS)
         parent, _, last = module.rpartition(".")
         above = self._places.get(parent) if parent else Place("", None, "")
         path = f"{above.module}.{last}".lstrip(".") if above else module
         found = next((p for p in (path, module) if p in self._modules), None)
-        return None if found is None else Place(found, None, "equal name" if found == module else "its parent")
+        return None if found is None else Place(found, None, "equal name" if found == module else PARENT)
 
 
 def part_number(shard: str) -> int | None:

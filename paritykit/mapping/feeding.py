@@ -19,8 +19,8 @@ FED_PORTS = ("", "input")
 
 
 def can_feed(rule: Rule) -> bool:
-    """Whether a rule can be turned round: not where a candidate point is added to another, or transposed."""
-    return split_key(rule.candidate)[1] in FED_PORTS and not (rule.plus or rule.transpose)
+    """Whether a rule can be turned round: not where its numbers are made of the candidate's, from two points say."""
+    return split_key(rule.candidate)[1] in FED_PORTS and not rule.made
 
 
 def make_feed(rules: Iterable[Rule], *, reference: Manifest, folder: Path, candidate: Manifest) -> Feed:

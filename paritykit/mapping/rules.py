@@ -6,6 +6,18 @@ from collections.abc import Sequence
 
 import msgspec
 
+PARTS, PARENT, NEAREST = "its parts", "its parent", "nearest name"
+GUESSES = (PARTS, PARENT, NEAREST)
+"""Sources of a rule that nobody stated: from where a module's parts or parent are, or the longest path it lies under.
+
+Such a rule is dropped where its numbers disagree and those of what is computed from them do not.
+"""
+
+
+GATES = {"times": " x {}", "times sigmoid": " x sigmoid({})", "over": " / {}", "over sigmoid": " / sigmoid({})"}
+"""What a rule may do with a second point that gates the first, one number for each row or each feature."""
+SHOWN_PARTS = 12
+
 
 class Block(msgspec.Struct, frozen=True, array_like=True):
     """``length`` feature columns from ``start`` of one rank's tensor."""
@@ -19,8 +31,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """The reference point's features are the candidate's ``blocks``, side by side, in this order.
 
     No blocks: all features, of the lowest rank that has the point. ``transpose`` swaps the last two axes of a candidate
-    row first; ``plus`` is a second candidate point that is added (hidden and residual kept apart). ``source`` says
-    where the rule came from.
+    row first; ``plus`` is a second candidate point that is added (hidden and residual kept apart), ``minus`` one that
+    is taken away, ``gate`` one that it is multiplied by as ``GATES`` says; ``factor`` multiplies the result.
+    ``source`` says where the rule came from. ``reading`` says in words how the candidate's point is to be read, where
+    that was found by its numbers.
     """
 
     reference: str
@@ -28,7 +42,21 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[Block, ...] = ()
     transpose: bool = False
     plus: str = ""
+    minus: str = ""
+    gate: tuple[str, str] = ("", "")
+    factor: float = 1.0
     source: str = "equal name"
+    reading: str = ""
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Every candidate point that the rule reads."""
+        return tuple(k for k in (self.candidate, self.plus, self.minus, self.gate[1]) if k)
+
+    @property
+    def made(self) -> bool:
+        """Whether the numbers are made of the candidate's, and not only columns of them."""
+        return bool(self.plus or self.minus or self.gate[1] or self.transpose or self.factor != 1.0)
 
     def describe(self) -> str:
         """The rule in one line, for people who doubt it.
@@ -38,7 +66,12 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
         """
         ranks = len({b.rank for b in self.blocks})
         parts = [f"{f'rank {b.rank} ' if ranks > 1 else ''}columns {b.start}:{b.start + b.length}" for b in self.blocks]
-        text = self.candidate + (f" + {self.plus}" if self.plus else "") + (f" {', '.join(parts)}" if parts else "")
+        text = self.candidate + (f" + {self.plus}" if self.plus else "") + (f" - {self.minus}" if self.minus else "")
+        text += GATES[self.gate[0]].format(self.gate[1]) if self.gate[1] else ""
+        text += f" x {self.factor:.6g}" if self.factor != 1.0 else ""
+        if len(parts) > SHOWN_PARTS:
+            parts = [*parts[:SHOWN_PARTS], f"and {len(parts) - SHOWN_PARTS} more"]
+        text += f" {', '.join(parts)}" if parts else ""
         return f"{text}{' transposed' if self.transpose else ''} ({self.source})"
 
 

@@ -28,7 +28,27 @@ def _one(rule: Rule, rank: int | None, read: ReadRank) -> torch.Tensor:
     rows = read(rule.candidate, rank)
     if rule.plus:
         rows = rows + read(rule.plus, rank)
+    if rule.minus or rule.gate[1] or rule.factor != 1.0:
+        rows = _made(rule, rank, rows, read)
     return flat(rows.transpose(-1, -2) if rule.transpose else rows)
+
+
+def _made(rule: Rule, rank: int | None, rows: torch.Tensor, read: ReadRank) -> torch.Tensor:
+    """What is found by numbers is computed in float32 at least: it must add no rounding of its own."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if rule.minus:
+        rows = rows - read(rule.minus, rank)
+    how, key = rule.gate
+    if key:
+        rows = gated(rows, read(key, rank), how=how)
+    return rows * rule.factor
+
+
+def gated(rows: torch.Tensor, gate: torch.Tensor, *, how: str) -> torch.Tensor:
+    """``rows``, ``[tokens, features]``, with ``gate``, ``[tokens, features or 1]``, as ``rules.GATES`` says ``how``."""
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    gate = gate.sigmoid() if how.endswith("sigmoid") else gate
+    return rows / gate if how.startswith("over") else rows * gate
 
 
 def join(tensors: Mapping[int, torch.Tensor], blocks: tuple[Block, ...]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from paritykit.reports.alike import alike_fields
 from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.repro import repro, script
 from paritykit.reports.wording import (
@@ -136,13 +137,15 @@ def cause_text(cause: Cause) -> str:
 
 
 def left_out(results: Results) -> list[Field]:
-    """Skipped and unmatched counts, always; the first few names where there are any."""
+    """Skipped and unmatched counts, always; the first few names where there are any, and those that mean two things."""
     summary = results.summary
     counts = [f"compared {summary.compared:,}", f"failed {summary.failed:,}", f"skipped {summary.skipped:,}"]
     counts += [f"unmatched {summary.unmatched:,}"]
     counts += [f"errors {summary.errors:,}"] if summary.errors else []
     counts += [f"inconclusive {summary.inconclusive:,}"] if summary.inconclusive else []
-    found = [("counts", "   ".join(counts))]
+    alike = sum(f.kind == "named_alike" for f in results.findings)
+    counts += [f"named alike {alike:,}"] if alike else []
+    found = [("counts", "   ".join(counts)), *alike_fields(results)]
     for label, gaps in gap_lists(results).items():
         found += [(label, _gap(g)) for g in gaps[:SHOWN_GAPS]]
         if len(gaps) > SHOWN_GAPS:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from xml.etree import ElementTree as Xml
 
+from paritykit.reports.alike import TITLE, alike_lines
 from paritykit.reports.failure import failure_text, judged
 from paritykit.reports.wording import count, shorten, sides, state
 from paritykit.results import Finding, Results
@@ -50,8 +51,15 @@ def _groups(results: Results) -> dict[tuple[str, str], list[Finding]]:
 def _testcase(suite: Xml.Element, check: str, case: str, findings: list[Finding]) -> None:
     node = Xml.SubElement(suite, "testcase", classname=_clean(f"paritykit.{check}"), name=_clean(case or check))
     verdict = min((f.verdict for f in findings), key=_RANK.index, default="skip")
-    if verdict not in _TAGS:
-        return
+    if verdict in _TAGS:
+        _told(node, verdict, findings)
+    alike = alike_lines(findings)
+    if alike:
+        shown = [*alike[:SHOWN], *([f"and {len(alike) - SHOWN:,} more"] if len(alike) > SHOWN else [])]
+        Xml.SubElement(node, "system-out").text = _clean("\n".join([TITLE, *shown]))
+
+
+def _told(node: Xml.Element, verdict: str, findings: list[Finding]) -> None:
     told = [f for f in findings if f.verdict == verdict]
     child = Xml.SubElement(node, _TAGS[verdict], message=_clean(_message(verdict, told, findings)))
     child.text = _clean("\n".join(_line(f) for f in told[:SHOWN]))

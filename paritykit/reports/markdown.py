@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from paritykit.reports.alike import TITLE, UNREAD, meanings
 from paritykit.reports.failure import failure_text, gap_lists
 from paritykit.reports.landings import is_wrong
 from paritykit.reports.wording import (
@@ -39,7 +40,8 @@ def render(results: Results) -> bytes:
         *_block(failure_text(results)),
         *_checks(results),
     ]
-    return _fit(head, [_notes(results), _failing(results), _weights(results), _gaps(results)])
+    parts = [_notes(results), _failing(results), _alike(results), _weights(results), _gaps(results)]
+    return _fit(head, parts)
 
 
 def _block(text: str) -> list[str]:
@@ -91,6 +93,20 @@ def _row(finding: Finding) -> str:
         + " | ".join(_name(cell) if n in (1, 2, 3, 4) and cell else _text(cell) for n, cell in enumerate(cells))
         + " |"
     )
+
+
+def _alike(results: Results) -> list[str]:
+    """Names that mean two things, each with the reading that fits."""
+    found = meanings(results)
+    if not found:
+        return []
+    head = ["| point | compared with | read as | metric | measured | allowed | judged |", "|" + "---|" * 7]
+    rows = [
+        f"| {_name(m.point)} | {_name(m.candidate)} | {_text(m.how or UNREAD)} | {_name(m.metric)} | {_text(m.value)} "
+        f"| {_text(m.allowed)} | {m.verdict} |"
+        for m in found
+    ]
+    return [f"### {TITLE}", "", *head, *rows]
 
 
 def _weights(results: Results) -> list[str]:

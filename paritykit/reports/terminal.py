@@ -99,6 +99,7 @@ def _fields(finding: Finding) -> list[Field]:
         *(("cause", cause_text(cause)) for cause in finding.causes),
         ("compared with", finding.candidate_point),
         ("mapping", finding.mapping),
+        ("read as", finding.reading),
         ("shape", f"[{', '.join(map(str, finding.shape))}]" if finding.shape else ""),
         ("dtypes", " reference, ".join(finding.dtypes) + " candidate" if finding.dtypes else ""),
         *((name, number(value)) for name, value in sorted(finding.metrics.items())),

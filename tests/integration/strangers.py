@@ -54,6 +54,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "starcoder2": {**_LLAMA, "use_bias": True, "sliding_window": None},
     "phi": {**_LLAMA, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "bloom": {"vocab_size": 499, "hidden_size": 128, "n_layer": 3, "n_head": 4},
+    "cohere": {**_LLAMA, "tie_word_embeddings": True, "logit_scale": 0.25, "pad_token_id": None},
+    "cohere2": {**_LLAMA, "tie_word_embeddings": True, "logit_scale": 0.25, "pad_token_id": None},
+    "ernie4_5": _LLAMA,
+    "granitemoe": {
+        **_LLAMA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
     "falcon": {
         **_SMALL,
         "hidden_size": 128,

@@ -197,6 +197,33 @@ def test_a_write_through_a_view_defeats_aliasing(tmp_path: Path) -> None:
     assert torch.equal(rows(capture, "1")[:, :2], -value[0, :, :2])
 
 
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_write_that_torch_does_not_count_is_seen_in_the_bytes(tmp_path: Path, summed: bool) -> None:
+    """A collective or a kernel of one's own writes into a tensor without a new version: as writing through ``data``."""
+
+    class Reduced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(4, 4, bias=False)
+
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.part(value)
+            before = out._version
+            if summed:
+                out.data.mul_(2)
+            assert out._version == before
+            return out
+
+    first, value = Reduced(), x()
+    capture = record(tmp_path / "c", nn.Sequential(first, nn.Identity()), value)
+    part = first.part(value)[0].detach()
+    assert torch.equal(rows(capture, "0.part"), part)
+    assert torch.equal(rows(capture, "0"), part * (2 if summed else 1))
+    assert torch.equal(rows(capture, "1#input"), part * (2 if summed else 1))
+    assert capture.point("0").source == ("" if summed else "0.part")
+    assert capture.point("1#input").source == ("0" if summed else "0.part")
+
+
 def test_an_alias_is_stored_once(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Identity())
     capture = record(tmp_path / "c", model, x())

@@ -86,10 +86,27 @@ def test_a_value_that_is_no_number(workshop: Workshop, value: float) -> None:
     assert failing(found) == {("a", "layer"): "nonfinite_mismatch"}
 
 
-def test_another_width_is_a_failing_shape(workshop: Workshop) -> None:
+def test_a_rule_that_does_not_fit_is_left_out_with_its_reason(workshop: Workshop) -> None:
     found = workshop.compare(workshop.capture(lambda t: t.update({"layer.norm": torch.zeros(6, 9)})))
-    assert failing(found) == {("a", "layer.norm"): "shape", ("b", "layer.norm"): "shape"}
-    assert found.summary.verdict == "fail"
+    assert failing(found) == {}
+    assert found.summary.verdict == "pass"
+    (left,) = (u for c in found.coverage for u in c.skipped)
+    assert (left.point, left.reason) == ("layer.norm", "8 features against 9 on each of 1 rank(s) of layer.norm")
+
+
+def test_another_width_is_a_failing_shape_where_what_follows_fails(workshop: Workshop) -> None:
+    def widen(found: dict[str, torch.Tensor]) -> None:
+        found["layer.norm"] = torch.zeros(6, 9)
+        found["layer.mlp"] *= torch.linspace(0.5, 1.5, 8)
+        found["layer"] *= torch.linspace(0.5, 1.5, 8)
+        found["head"] *= torch.linspace(0.5, 1.5, 11)
+        found["#logits"] *= torch.linspace(0.5, 1.5, 11)
+
+    found = workshop.compare(workshop.capture(widen))
+    assert failing(found).items() >= {("a", "layer.norm"): "shape", ("b", "layer.norm"): "shape"}.items()
+    first = found.summary.first_divergence
+    assert first is not None
+    assert first.seen_at == "layer.mlp"
 
 
 def test_a_point_that_the_candidate_lacks_is_counted(workshop: Workshop) -> None:
@@ -208,7 +225,7 @@ def test_an_unknown_check(workshop: Workshop) -> None:
 
 def test_merged_runs_are_judged_together(workshop: Workshop) -> None:
     reference, clean = workshop.capture(), workshop.capture()
-    wrong = workshop.capture(lambda t: t["layer"].mul_(1.1))
+    wrong = workshop.capture(lambda t: [t[k].mul_(1.1) for k in ("layer", "head")])
     parts = [
         workshop.compare(clean, reference=reference, checks=["modules"]),
         workshop.compare(clean, reference=reference, checks=["logits"]),
@@ -220,7 +237,7 @@ def test_merged_runs_are_judged_together(workshop: Workshop) -> None:
     assert len(merged.findings) == sum(len(p.findings) for p in parts)
     assert [c.id for c in merged.cases] == ["a", "b"]
     merged = merge_results([workshop.compare(wrong, reference=reference, checks=["modules"]), parts[1]])
-    assert (merged.summary.verdict, merged.summary.failed) == ("fail", 2)
+    assert (merged.summary.verdict, merged.summary.failed) == ("fail", 4)
     assert merged.summary.checks == {"modules": "fail", "logits": "pass"}
     again = merge_results([parts[0], parts[0]])
     assert again.findings == parts[0].findings

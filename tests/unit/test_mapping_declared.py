@@ -305,3 +305,11 @@ def test_a_reference_on_several_ranks_is_refused() -> None:
     side = msgspec.structs.replace(sharded.side, parallel={"tensor_parallel_size": 2})
     with pytest.raises(UsageError, match="2 tensor parallel ranks"):
         build_mapping(msgspec.structs.replace(sharded, side=side), manifest({"a": 8}))
+
+
+def test_a_module_under_two_paths_is_found_under_the_one_it_was_recorded_as() -> None:
+    facts = {"same": {"block.mlp.gate": "block.gate"}}
+    assert {r.reference: r.candidate for r in build({"block.mlp.gate": 4}, {"block.gate": 4}).rules} == {}
+    found = build({"block.mlp.gate": 4}, {"block.gate": 4}, candidate=facts)
+    assert {r.reference: r.candidate for r in found.rules} == {"block.mlp.gate": "block.gate"}
+    assert found.unmatched == []

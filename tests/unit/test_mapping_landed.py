@@ -128,3 +128,17 @@ def test_a_rule_of_the_users_is_held_against_the_weights(columns: tuple[int, int
 def test_neighbours_are_merged() -> None:
     assert merge_blocks((Block(0, 0, 2), Block(0, 2, 2), Block(1, 4, 2))) == (Block(0, 0, 4), Block(1, 4, 2))
     assert merge_blocks(()) == ()
+
+
+def test_a_guess_by_the_longest_name_is_outranked_by_where_the_weights_are() -> None:
+    """An engine that declares nothing: the nearest module by name is the one around, and not what holds the weights."""
+    theirs = {"block": 16, "block.fused": 16, "block.o": WIDTH}
+    moved = [msgspec.structs.replace(x, parameter=x.parameter.replace("engine", "block")) for x in FUSED]
+    names = {tensor: (tensor, "") for tensor in PARAMETERS}
+    mapping = build(moved, theirs, names=names)
+    assert mapping.disagreements == []
+    assert blocks(mapping)["block.k"] == ("block.fused", (Block(0, 8, 4),))
+    guessed = {r.reference: r.source for r in build([], theirs, names=names).rules}
+    assert guessed == {}
+    alone = build([], {"block": 8, "block.o": WIDTH}, names=names)
+    assert {r.reference: (r.candidate, r.source) for r in alone.rules} == {"block.q": ("block", "nearest name")}

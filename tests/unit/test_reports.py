@@ -295,3 +295,37 @@ def test_reports_stay_light() -> None:
         "print(sorted({'torch', 'numpy', 'transformers', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def two_meanings() -> Results:
+    """A passing run in which one point is named alike and one is judged by a reading."""
+    run = RUNS["pass"]
+    first, second, *rest = [f for f in run.findings if f.check == "modules"]
+    named = msgspec.structs.replace(first, verdict="skip", kind="named_alike", metric="rel_l2", value=0.9, allowed=1e-5)
+    read = msgspec.structs.replace(second, reading="its output x sigmoid(gate)")
+    kept = [f for f in run.findings if f.check != "modules"]
+    return msgspec.structs.replace(run, findings=[named, read, *rest, *kept])
+
+
+@pytest.mark.parametrize("name", ["html", "junit", "markdown", "terminal"])
+def test_every_report_tells_what_is_named_alike(tmp_path: Path, name: str) -> None:
+    results = two_meanings()
+    write_report(results, format=name, path=tmp_path / name)
+    text = (tmp_path / name).read_text()
+    for f in results.findings[:2]:
+        assert f.point in text
+    assert "sigmoid(gate)" in text
+    assert "none fits" in text
+    assert name == "terminal" or "Named alike, means something else" in text
+    clean = tmp_path / "clean"
+    write_report(RUNS["pass"], format=name, path=clean)
+    assert "like, means something else" not in clean.read_text()
+    assert "none fits" not in clean.read_text()
+
+
+def test_a_point_that_is_named_alike_is_counted_and_is_not_the_worst_one() -> None:
+    text = summary(two_meanings())
+    assert "named alike 1" in text
+    assert len(text.splitlines()) <= 25
+    worst = next(line for line in text.splitlines() if "worst point" in line)
+    assert two_meanings().findings[0].point not in worst

@@ -51,7 +51,7 @@ def _all_turned(attention: Attention, place: Place) -> dict[str, torch.Tensor]:
     """
     scene, capture = attention.scene, attention.scene.candidate_capture
     rule, cases = scene.rules[place.key], [c.id for c in capture.manifest.cases]
-    if rule.plus or rule.transpose or len(rule.blocks) > 1:
+    if rule.made or len(rule.blocks) > 1:
         raise LookupError(f"{place.key} lies otherwise in the candidate's memory")
     start = rule.blocks[0].start if rule.blocks else 0
     memory = {c: capture.rows(rule.candidate, c).to(scene.dtype).flatten(1).clone() for c in cases}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 
+from paritykit.engines.reading import other_paths
 from paritykit.engines.vllm.kv import is_readable, window_of
 from paritykit.engines.vllm.semantics import PARTIAL, is_partial, other_meaning
 
@@ -18,9 +19,10 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     """Everything mapping needs, JSON-ready.
 
     ``fused``: module path to its parts in order, each with ``total`` and ``local`` columns and ``replicas`` (how many
-    ranks hold the same part). ``meanings``: module path to the reason it must not be compared by name. ``packed``:
-    ``packed_modules_mapping`` as declared. ``attention``: names of the attention backends. ``windows``: module path
-    of each attention whose cache forgets what lies behind its sliding window, to the window's length.
+    ranks hold the same part). ``same``: paths to the first path of the same module. ``meanings``: module path to the
+    reason it must not be compared by name. ``packed``: ``packed_modules_mapping`` as declared. ``attention``: names of
+    the attention backends. ``windows``: module path of each attention whose cache forgets what lies behind its sliding
+    window, to the window's length.
     """
     named = list(model.named_modules(remove_duplicate=False))
     fused = {n: parts for n, m in named if (parts := fused_parts(m))}
@@ -30,6 +32,7 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     packed = {k: list(v) for k, v in (getattr(model, "packed_modules_mapping", None) or {}).items()}
     return {
         "modules": [n for n, _ in named],
+        "same": other_paths(model),
         "fused": fused,
         "meanings": meanings,
         "packed": packed,

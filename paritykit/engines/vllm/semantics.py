@@ -1,4 +1,4 @@
-"""What vLLM's modules mean, by class: the one place that knows.
+"""What vLLM's modules mean, by what they do and by class: the one place that knows.
 
 Most modules agree with Hugging Face once their tuples are read right. The rest is listed here with its reason.
 """
@@ -23,8 +23,29 @@ LOGITS = "vLLM applies the head in its logits processor; compared as #logits"
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a norm: with a residual it returns (normed, residual sum)."""
-    return type(module).__name__.endswith("Norm")
+    """Whether ``module`` is a norm: nothing inside it, and one weight for each feature, or none and a norm's name."""
+    weight = getattr(module, "weight", None)
+    if next(module.children(), None) is not None or is_linear(module):
+        return False
+    scales = isinstance(weight, torch.Tensor) and weight.dim() == 1 and weight.numel() > 0
+    return scales or type(module).__name__.endswith("Norm")
+
+
+def adds_residual(module: nn.Module, call: Call) -> bool:
+    """Whether a norm that is handed (hidden, residual) adds both and hands on the sum: tried on ones and twos.
+
+    Others give the residual back as it was, or take a second tensor for something else.
+    """
+    first, second = floating(*call)[:2]
+    ones = torch.ones_like(first)
+    try:
+        args, kwargs = exchange(exchange(call, first, ones), second, twos := ones * 2)
+        output = module.forward(ones, twos) if first is second else module.forward(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    if not isinstance(output, tuple | list) or len(output) < 2 or not isinstance(output[1], torch.Tensor):
+        return False
+    return output[1].shape == first.shape and bool((output[1] == 3).all())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -69,16 +90,28 @@ class VllmReading:
     """
 
     def __init__(self) -> None:
-        self._fused: set[int] = set()
+        self._adds: dict[nn.Module, bool] = {}
+        self._fused: set[nn.Module] = set()
+        """Norms whose last call added a residual."""
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
-        """A norm's input is hidden plus residual: the residual stream; a row-parallel linear's is its slice."""
+        """A norm's input is hidden plus residual where it adds them: the residual stream; a row-parallel linear's is
+        its slice.
+        """
         tensors = floating(args, kwargs)
         if is_norm(module) and tensors:
-            (self._fused.add if len(tensors) > 1 else self._fused.discard)(id(module))
-            yield Seen("input", tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0])
+            added = self._adds_residual(module, (args, dict(kwargs)), tensors)
+            (self._fused.add if added else self._fused.discard)(module)
+            yield Seen("input", tensors[0] + tensors[1] if added else tensors[0])
         elif is_row_parallel(module) and tensors:
             yield Seen("input", tensors[0])
+
+    def _adds_residual(self, module: nn.Module, call: Call, tensors: list[torch.Tensor]) -> bool:
+        if len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
+            return False
+        if module not in self._adds:
+            self._adds[module] = adds_residual(module, call)
+        return self._adds[module]
 
     def outputs(self, module: nn.Module, output: Any) -> Iterator[Seen]:
         """The tensor that the module of the same name gives in Hugging Face."""
@@ -92,7 +125,7 @@ class VllmReading:
         """See ``Reading.put_input``: of hidden and residual the sum is what counts, so hidden becomes zero."""
         del seen
         tensors = floating(*call)
-        if not is_norm(module) or len(tensors) == 1:
+        if module not in self._fused:
             return exchange(call, tensors[0], tensor)  # type: ignore[no-any-return]
         zeroed = exchange(call, tensors[0], torch.zeros_like(tensor))
         return exchange(zeroed, tensors[1], tensor)  # type: ignore[no-any-return]
@@ -103,12 +136,14 @@ class VllmReading:
         if isinstance(output, torch.Tensor):
             return tensor
         first, *rest = output
+        if rest and is_bias(rest[0], first):
+            return type(output)((tensor - rest[0], *rest))
         if self._apart(module) and is_sum(module, output):
             return type(output)((torch.zeros_like(first), tensor, *rest[1:]))
         return type(output)((tensor, *rest))
 
     def _apart(self, module: nn.Module) -> bool:
-        return any(id(child) in self._fused for child in module.children())
+        return any(child in self._fused for child in module.children())
 
 
 def floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -117,12 +152,21 @@ def floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Ten
 
 
 def meaning_of(module: nn.Module, output: Any, *, apart: bool = False) -> torch.Tensor | None:
-    """The one tensor of an output: the first, or hidden plus residual where a module gives them ``apart``."""
+    """The one tensor of an output: the first, or hidden plus residual where a module gives them ``apart``.
+
+    A bias that is left to others to add is added.
+    """
     if isinstance(output, torch.Tensor):
         return output if output.is_floating_point() else None
     if not isinstance(output, tuple | list) or not output or not isinstance(output[0], torch.Tensor):
         return None
-    return output[0] + output[1] if apart and is_sum(module, output) else output[0]
+    both = len(output) > 1 and (is_bias(output[1], output[0]) or (apart and is_sum(module, output)))
+    return output[0] + output[1] if both else output[0]
+
+
+def is_bias(value: Any, output: torch.Tensor) -> bool:
+    """Whether a module gives ``value`` beside its ``output`` as a bias that is not in it."""
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and value.shape == output.shape[-1:]
 
 
 def is_sum(module: nn.Module, output: Any) -> bool:

@@ -149,9 +149,20 @@ class _Session:
         """Hooks never fire on a class with a ``__call__`` of its own, nor on the head: wrap their functions."""
         for name, module in self._model.named_modules():
             if type(module).__call__ is not nn.Module.__call__:
-                self._patch(module, "forward", partial(self._forward, module, name, module.forward))
+                whole = partial(self._pass, module.forward)
+                part = partial(self._forward, module, name, module.forward)
+                self._patch(module, "forward", part if name else whole)
             if type(module).__name__ == "LogitsProcessor" and hasattr(module, "_get_logits"):
                 self._patch(module, "_get_logits", partial(self._head, module._get_logits))
+
+    def _pass(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A whole pass of a model whose own hooks do not fire."""
+        if self._recorder.active:
+            return forward(*args, **kwargs)
+        self._start(self._model, args)
+        output = forward(*args, **kwargs)
+        self._finish(self._model, args, output)
+        return output
 
     def _forward(self, module: nn.Module, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)

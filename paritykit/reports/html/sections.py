@@ -87,7 +87,7 @@ def policies_of(results: Results) -> list[Policy]:
     """Each tolerance in use with its source, the tightest headroom first."""
     groups: dict[tuple[str, str, str], list[Finding]] = defaultdict(list)
     for finding in results.findings:
-        if finding.metric:
+        if finding.metric and finding.verdict != "skip":
             groups[finding.check, finding.metric, finding.allowed_source or "source not recorded"].append(finding)
     told = [_policy(key, found) for key, found in groups.items()]
     return sorted(told, key=lambda p: -(p.worst or 0.0))[:POLICIES]
