@@ -1,9 +1,10 @@
-"""What a user may write for MODEL: a folder, a hub id, or ``tiny:FAMILY,FIELD=VALUE,...``."""
+"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE,...`` or ``drawn:MODEL_TYPE,seed=N``."""
 
 from __future__ import annotations
 
 from paritykit.case import Tokenize
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.testing.drawn.named import DRAWN, DrawnModel
 from paritykit.testing.named import TINY, TinyModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -20,7 +21,9 @@ def resolve_model(model: str) -> Checkpoint:
 
 
 def folder_of(model: str) -> str:
-    """``model``, or the folder of the tiny model that ``tiny:FAMILY,...`` means, made on the spot."""
+    """``model``, or the folder of the tiny model that ``tiny:...`` or ``drawn:...`` means, made on the spot."""
+    if model.startswith(DRAWN):
+        return str(DrawnModel(model).build())
     return str(TinyModel(model).build()) if model.startswith(TINY) else model
 
 

@@ -6,15 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paritykit.testing.drawn.model import drawn_model
+    from paritykit.testing.drawn.named import DrawnModel
     from paritykit.testing.families import TINY_FAMILIES, nano_families, tiny_config
     from paritykit.testing.named import TinyModel
     from paritykit.testing.tiny import tiny_model
 
-__all__ = ["TINY_FAMILIES", "TinyModel", "nano_families", "tiny_config", "tiny_model"]
+__all__ = ["TINY_FAMILIES", "DrawnModel", "TinyModel", "drawn_model", "nano_families", "tiny_config", "tiny_model"]
 
 _HOMES = {
+    "DrawnModel": "paritykit.testing.drawn.named",
     "TINY_FAMILIES": "paritykit.testing.families",
     "TinyModel": "paritykit.testing.named",
+    "drawn_model": "paritykit.testing.drawn.model",
     "nano_families": "paritykit.testing.families",
     "tiny_config": "paritykit.testing.families",
     "tiny_model": "paritykit.testing.tiny",

@@ -13,8 +13,6 @@ import inspect
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.families import find_family, tiny_config
+from paritykit.testing.folders import empty_folder, is_complete, publish
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +60,9 @@ def tiny_model(
         raise UnknownNameError("tiny model dtype", dtype, DTYPES)
     config = tiny_config(family, **overrides)
     try:
-        target = _cache_folder(family, config, seed, dtype) if path is None else _empty_folder(Path(path))
-        if not _is_complete(target):
-            _publish(family, config, target, seed=seed, dtype=dtype)
+        target = _cache_folder(family, config, seed, dtype) if path is None else empty_folder(Path(path))
+        if not is_complete(target):
+            publish(target, lambda folder: _build(family, config, folder, seed=seed, dtype=dtype))
     except OSError as error:
         raise UsageError(f"cannot write the tiny model {family!r}: {error}") from error
     return target
@@ -78,38 +77,6 @@ def _cache_folder(family: str, config: dict[str, Any], seed: int, dtype: str) ->
     return cached_assets_path("paritykit", namespace="tiny", subfolder=f"{family}-{digest}")
 
 
-def _empty_folder(path: Path) -> Path:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} is not an empty folder: name another one, or remove it first")
-    return path
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _publish(family: str, config: dict[str, Any], target: Path, *, seed: int, dtype: str) -> None:
-    """Build beside ``target`` and rename; where another process was first, its folder (the same bytes) stays."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.partial")
-    try:
-        partial.mkdir(parents=True)
-        _build(family, config, partial, seed=seed, dtype=dtype)
-        _rename(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rename(partial: Path, target: Path) -> None:
-    try:
-        partial.replace(target)
-    except OSError:
-        if _is_complete(target):
-            return
-        target.replace(partial.with_suffix(".damaged"))
-        shutil.rmtree(partial.with_suffix(".damaged"))
-        partial.replace(target)
-
-
 def _build(family: str, fields: dict[str, Any], folder: Path, *, seed: int, dtype: str) -> None:
     import torch
 
@@ -118,12 +85,13 @@ def _build(family: str, fields: dict[str, Any], folder: Path, *, seed: int, dtyp
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         _fill(parameter, name, module=module, scale=_scale(family, name, module, model.config), seed=seed)
-    with _no_progress_bar():
+    with no_progress_bar():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Transformers writes no progress bar inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
