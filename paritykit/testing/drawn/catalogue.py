@@ -7,6 +7,9 @@ from typing import Any
 
 from paritykit.errors import EngineMissingError, UnknownNameError
 
+BACKEND = "TransformersForCausalLM"
+"""vLLM's class for models that it has none for; for some it takes a subclass."""
+
 
 @cache
 def causal_classes() -> dict[str, str]:
@@ -40,9 +43,12 @@ def config_class(model_type: str) -> Any:
 
 
 @cache
-def in_vllm() -> dict[str, str]:
-    """Those of ``causal_classes`` that vLLM takes: by ``model_type``, ``own`` for a class of its own and
-    ``transformers`` for its Transformers backend. Imports vLLM; raises EngineMissingError without it."""
+def vllm_classes() -> dict[str, str]:
+    """Those of ``causal_classes`` that vLLM takes: by ``model_type``, the name of the class that it runs them with.
+
+    That is a class of its own, or its Transformers backend's where it has none and the model lets its attention be
+    replaced. Imports vLLM; raises EngineMissingError without it.
+    """
     try:
         from vllm.model_executor.models import registry
     except ImportError as error:
@@ -52,9 +58,9 @@ def in_vllm() -> dict[str, str]:
     found = {}
     for kind, name in causal_classes().items():
         if name in text:
-            found[kind] = "transformers" if text[name][0] == "transformers" else "own"
+            found[kind] = str(text[name][1])
         elif name not in known and find_class(kind).is_backend_compatible():
-            found[kind] = "transformers"
+            found[kind] = BACKEND
     return found
 
 
