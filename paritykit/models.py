@@ -1,4 +1,4 @@
-"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE,...`` or ``drawn:MODEL_TYPE,seed=N``."""
+"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE`` or ``drawn:MODEL_TYPE,seed=N``."""
 
 from __future__ import annotations
 

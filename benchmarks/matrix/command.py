@@ -42,7 +42,8 @@ def matrix(**options: Any) -> None:
         run_tasks(todo, book, source=source, seconds=options["seconds"], tell=tell)
     if options["page"] is not None:
         wanted = {(t.name, t.dtype) for t in tasks}
-        write_page([r for r in read_rows(book) if (r.task.name, r.task.dtype) in wanted], classes, options["page"])
+        rows = [r for r in read_rows(book) if (r.task.name, r.task.dtype) in wanted]
+        write_page(rows, classes, options["page"], planned=len(tasks))
 
 
 def make_tasks(classes: dict[str, str], options: dict[str, Any]) -> list[Task]:
@@ -71,7 +72,9 @@ def sample(names: Sequence[str], size: int, *, seed: int) -> list[str]:
 def tell(number: int, total: int, row: Row) -> None:
     """A line for each pair."""
     where = f"  {row.first}" if row.first else f"  {row.reason[:100]}" if row.reason else ""
-    click.echo(f"{number}/{total} {row.task.model_type} {row.task.dtype}: {row.outcome} {row.seconds:.0f} s{where}", err=True)
+    click.echo(
+        f"{number}/{total} {row.task.model_type} {row.task.dtype}: {row.outcome} {row.seconds:.0f} s{where}", err=True
+    )
 
 
 def execute(arguments: Sequence[str]) -> int:

@@ -45,7 +45,7 @@ class Pairs:
             self.close()
         except ParityError as error:
             row = _with(row, "refused", str(error))
-        except Exception as error:  # noqa: BLE001  (a mistake of ParityKit's own is an outcome, and told)
+        except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
             row = _with(row, "error", f"{type(error).__name__}: {error}")
             self.close()
         return msgspec.structs.replace(row, seconds=round(time.monotonic() - started, 1))

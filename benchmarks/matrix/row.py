@@ -1,4 +1,4 @@
-"""What came of one architecture in one dtype: one line of JSON each, so that a sweep that broke goes on where it was."""
+"""What came of an architecture in a dtype: one line of JSON each, so that a sweep that broke goes on where it was."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _is_own(model_type: str, name: str) -> bool:
     import transformers
 
     found, config = getattr(transformers, name, None), config_class(model_type)
-    return getattr(found, "config_class", None) is config and config.model_type == model_type
+    return getattr(found, "config_class", None) is config and getattr(config, "model_type", "") == model_type
 
 
 def _is_plain(model_type: str) -> bool:

@@ -33,7 +33,7 @@ def takes_none(field: dataclasses.Field[Any]) -> bool:
 
 
 def small_fields(kind: Any, sizes: Sizes) -> Fields:
-    """The fields of a config class that are to be other than its defaults, for a small model of the same kinds of layers.
+    """The fields of a config class that are to be other than its defaults, for a small model of all kinds of layers.
 
     What a class works out by itself (a field that is None or a word by default) is left to it. A part that is a config
     of its own is a table.
@@ -60,7 +60,7 @@ def _small_field(field: dataclasses.Field[Any], sizes: Sizes) -> Any:
 def layer_lists(config: Any, sizes: Sizes) -> Fields:
     """The lists of ``config`` that say something of each layer, for a few layers among which every kind is."""
     text = config.get_text_config(decoder=True)
-    count = getattr(text, "num_hidden_layers", None)
+    count = int(getattr(text, "num_hidden_layers", 0))
     values = {f.name: vars(text).get(f.name) for f in own_fields(type(text))}
     whole = {n: list(v) for n, v in values.items() if isinstance(v, list | tuple) and count and len(v) == count}
     some = {n: list(v) for n, v in values.items() if n not in whole and count and _is_some_layers(n, v, count)}
@@ -85,7 +85,7 @@ def chosen_layers(kinds: list[tuple[Any, ...]], count: int) -> list[int]:
 
 def _is_some_layers(name: str, value: Any, count: int) -> bool:
     """Whether these are the places of some layers among all."""
-    if not isinstance(value, list | tuple) or "layer" not in name and "idx" not in name:
+    if not isinstance(value, list | tuple) or ("layer" not in name and "idx" not in name):
         return False
     whole = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < count for v in value)
     return bool(value) and whole and len(set(value)) == len(value)

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 LARGEST_KEPT = 4
 """Counts up to here stay as they are: kernel widths, expansions, numbers of shared experts."""
-COUNTED = ("heads", "kv_heads", "linear_heads", "chosen", "expert_groups", "period", "offset", "some_layers", "last_layer")
+COUNTED = (
+    "heads",
+    "kv_heads",
+    "linear_heads",
+    "chosen",
+    "expert_groups",
+    "period",
+    "offset",
+    "some_layers",
+    "last_layer",
+)
 """Roles in which a small number is no width or expansion and is made smaller still."""
 
 
@@ -84,46 +94,34 @@ def small(name: str, value: int, sizes: Sizes) -> int:
     (128, 2, 4)
     """
     role = role_of(name)
-    if value <= LARGEST_KEPT and role not in (*COUNTED, "layers"):
+    if role in ("kept", "latent") or (value <= LARGEST_KEPT and role not in (*COUNTED, "layers")):
         return value
-    return _SMALL.get(role, _other)(value, sizes)
+    if role == "other":
+        return value if value <= sizes.window else min(value, sizes.head_dim)
+    most = limit_of(role, sizes)
+    return most if role in SET else min(value, most)
 
 
 def usual(name: str, sizes: Sizes) -> int:
     """What an integer of that name is where its class says nothing of it."""
-    return _SMALL.get(role_of(name), _other)(2**20, sizes)
+    return small(name, UNKNOWN, sizes)
 
 
-def _other(value: int, sizes: Sizes) -> int:
-    """What nothing is known of: a large one is made as wide as a head."""
-    return value if value <= sizes.window else min(value, sizes.head_dim)
+def limit_of(role: str, sizes: Sizes) -> int:
+    """The size, or most, of an integer of that role."""
+    fixed = {
+        "rotary": sizes.head_dim // 2,
+        "linear_heads": sizes.heads,
+        "expert_groups": sizes.groups,
+        "shared": sizes.chosen,
+        "period": 2,
+        "offset": 1,
+        "last_layer": sizes.layers - 1,
+        "some_layers": max(1, sizes.layers // 2),
+    }
+    return fixed[role] if role in fixed else int(getattr(sizes, role))
 
 
-_SMALL = {
-    "kept": lambda v, s: v,
-    "latent": lambda v, s: v,
-    "positions": lambda v, s: s.positions,
-    "vocabulary": lambda v, s: v if v <= LARGEST_KEPT else s.vocabulary,
-    "kv_heads": lambda v, s: min(v, s.kv_heads),
-    "head_dim": lambda v, s: s.head_dim,
-    "rotary": lambda v, s: min(v, s.head_dim // 2),
-    "linear_heads": lambda v, s: min(v, s.heads),
-    "heads": lambda v, s: s.heads,
-    "chosen": lambda v, s: min(v, s.chosen),
-    "expert_groups": lambda v, s: min(v, s.groups),
-    "expert_inner": lambda v, s: s.expert_inner,
-    "shared": lambda v, s: min(v, s.chosen),
-    "experts": lambda v, s: min(v, s.experts),
-    "inner": lambda v, s: s.inner,
-    "period": lambda v, s: min(v, 2),
-    "offset": lambda v, s: min(v, 1),
-    "last_layer": lambda v, s: s.layers - 1,
-    "some_layers": lambda v, s: min(v, max(1, s.layers // 2)),
-    "layers": lambda v, s: s.layers,
-    "window": lambda v, s: min(v, s.window),
-    "chunk": lambda v, s: min(v, s.chunk),
-    "rank": lambda v, s: min(v, s.rank),
-    "state": lambda v, s: min(v, s.state),
-    "groups": lambda v, s: min(v, s.groups),
-    "hidden": lambda v, s: s.hidden,
-}
+UNKNOWN = 2**20
+SET = ("positions", "vocabulary", "head_dim", "heads", "expert_inner", "inner", "layers", "hidden", "last_layer")
+"""Roles of which every integer is the same; those of others are no larger than their limit."""

@@ -19,9 +19,9 @@ SECONDS = 60.0
 FIXED = ("vocabulary", "kept", "layers", "positions")
 """Roles of integers that are not tried otherwise."""
 LEAST = {"hidden": 64, "head_dim": 16, "inner": 64}
-MOST = {r: 8 for r in ("heads", "kv_heads", "experts", "chosen", "expert_groups", "shared", "period")} | {
-    r: 3 for r in ("offset", "some_layers", "last_layer")
-}
+MOST = {"heads": 8, "kv_heads": 8, "experts": 8, "chosen": 8, "expert_groups": 8, "shared": 8, "period": 8} | {
+    "offset": 3, "some_layers": 3, "last_layer": 3,
+}  # fmt: skip
 """By role: between what an integer is tried."""
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -61,7 +61,7 @@ def _is_further(found: Tried, before: Tried, seen: set[str]) -> bool:
 
 
 def repairs(model_type: str, fields: Fields, error: str, sizes: Sizes) -> Iterator[Fields]:
-    """Changes of one field each, the likeliest first: those that the error speaks of, then those whose values it shows."""
+    """Changes of one field each, the likeliest first: of those that the error names, then whose values it shows."""
     kind = config_class(model_type)
     yield from _added(model_type, fields, error)
     numbers = {int(n) for n in re.findall(r"\d+", error)[:40]} - {0, 1}
@@ -102,8 +102,8 @@ def _added(model_type: str, fields: Fields, error: str) -> Iterator[Fields]:
     if "rope_parameters" in names and "KeyError" in error:
         yield {**fields, "rope_parameters": {k: {**PLAIN_ROPE} for k in fields.get("layer_types", kinds)}}
     lacking = re.search(r"'(\w+)' object has no attribute 'rope_theta'", error)
-    for name, part in nested(kind) if lacking else ():
-        if part.__name__ == lacking[1]:
+    for name, part in nested(kind):
+        if lacking and part.__name__ == lacking[1]:
             yield {**fields, name: {**fields.get(name, {}), "rope_theta": PLAIN_ROPE["rope_theta"]}}
 
 
@@ -124,6 +124,8 @@ def _changes(field: Any, fields: Fields, sizes: Sizes) -> Iterator[Fields]:
     wide = sizes.heads * sizes.head_dim
     likely = (usual(name, sizes), sizes.heads, sizes.hidden, wide, 2 * sizes.hidden, sizes.inner, sizes.head_dim)
     now = own if isinstance(own, int) else 0
-    for value in dict.fromkeys((usual(name, sizes), 2 * now, now // 2, *likely, sizes.head_dim // 2, 64, 16, 8, 4, 2, 1)):
+    for value in dict.fromkeys(
+        (usual(name, sizes), 2 * now, now // 2, *likely, sizes.head_dim // 2, 64, 16, 8, 4, 2, 1)
+    ):
         if value != own and LEAST.get(role, 1) <= value <= MOST.get(role, value):
             yield {**fields, name: value}

@@ -27,7 +27,7 @@ ROPES: tuple[dict[str, Any], ...] = (
 
 def draw_switches(model_type: str, fields: Fields, before: Tried, sizes: Sizes, *, seed: int) -> Fields:
     """``fields`` with some switches turned: those by which the model still works, and computes something else."""
-    chance = random.Random(f"{model_type}/{seed}")  # noqa: S311  (no secret)
+    chance = random.Random(f"{model_type}/{seed}")
     for changed in _offered(model_type, fields, sizes, chance):
         if chance.random() > SHARE:
             continue

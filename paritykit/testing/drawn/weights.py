@@ -57,11 +57,11 @@ def _fill(parameter: torch.Tensor, name: str, *, owner: Any, seed: int, experts:
 
     generator, own = _generator(seed, name), parameter.detach().clone()
     noise = torch.empty_like(own).normal_(generator=generator)
-    if isinstance(owner, torch.nn.Embedding) or type(owner).__name__.endswith("Embedding") and own.ndim == 2:
+    if isinstance(owner, torch.nn.Embedding) or (type(owner).__name__.endswith("Embedding") and own.ndim == 2):
         parameter.copy_(noise)
     elif _is_set(own):
         parameter.copy_(own * (1 + JITTER * noise.clamp(-2, 2)))
-    elif own.ndim < 2 or _is_constant(own) and float(own.flatten()[0]):
+    elif own.ndim < 2 or (_is_constant(own) and float(own.flatten()[0])):
         parameter.copy_(_spread(own, noise, name=name, generator=generator))
     elif name.endswith("bias"):
         parameter.copy_(BIAS_STD * noise)
@@ -105,7 +105,7 @@ def _fan_in(own: torch.Tensor, owner: Any) -> int:
 
 
 def _scale_embedding(model: Any) -> None:
-    """Scale the embedding so that what goes into the first layer has the size that is wanted, whatever multiplies it."""
+    """Scale the embedding so that what goes into the first layer has the wanted size, whatever multiplies it."""
     import torch
 
     table = model.get_input_embeddings()
