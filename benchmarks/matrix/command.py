@@ -31,13 +31,14 @@ DTYPES = ("float32", "bfloat16")
 @click.option("--shard", default="1/1", metavar="I/N", help="Only part I of N.")
 @click.option("--seconds", default=300.0, type=click.FloatRange(1), help="A pair that takes longer could not run.")
 @click.option("--no-explain", is_flag=True, help="No replay and no causes where a pair fails.")
+@click.option("--any-source", is_flag=True, help="What ran with another version of the code is not run again either.")
 @click.option("--no-run", is_flag=True, help="Write the page from what is there.")
 def matrix(**options: Any) -> None:
     """Run a clean pair of every architecture that transformers and vLLM both have."""
     classes, book, source = vllm_classes(), options["out"] / "rows.jsonl", digest_source()
     tasks = make_tasks(classes, options)
     if not options["no_run"]:
-        todo = left(tasks, read_rows(book), source)
+        todo = left(tasks, read_rows(book), "" if options["any_source"] else source)
         options["out"].mkdir(parents=True, exist_ok=True)
         run_tasks(todo, book, source=source, seconds=options["seconds"], tell=tell)
     if options["page"] is not None:

@@ -9,29 +9,32 @@ from contextlib import suppress
 import msgspec
 
 from benchmarks.matrix.row import Outcome, Row, Task
-from paritykit.engines.process import HostPool
+from benchmarks.matrix.warm import WarmHost
+from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError, EngineMissingError, ParityError, UsageError
 from paritykit.plan import make_plan
 from paritykit.results import Results
 from paritykit.runner import Session
-from paritykit.testing.drawn.catalogue import causal_classes
+from paritykit.testing.drawn.catalogue import class_names
 
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
+CASES = ("short", "long-40")
+"""Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
 LONGEST = 300
 """Letters of a reason that are kept."""
 
 
 class Pairs:
-    """Runs pairs one after the other, in one process for either engine."""
+    """Runs pairs one after the other: the reference in one process, vLLM in a fork for each."""
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._hosts = HostPool()
+        self._reference = HostProcess()
 
     def run(self, task: Task) -> Row:
         """What comes of it; what cannot be is an outcome too."""
         started = time.monotonic()
-        row = Row(task=task, source=self._source, outcome="error", architecture=causal_classes()[task.model_type])
+        row = Row(task=task, source=self._source, outcome="error", architecture=class_names()[task.model_type])
         try:
             row = self._ran(task, row)
         except EngineMissingError:
@@ -42,7 +45,6 @@ class Pairs:
         except EngineError as error:
             died = str(error).startswith(DIED)
             row = _with(row, "could not run" if died else "refused", _reason(error))
-            self.close()
         except ParityError as error:
             row = _with(row, "refused", str(error))
         except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
@@ -51,24 +53,28 @@ class Pairs:
         return msgspec.structs.replace(row, seconds=round(time.monotonic() - started, 1))
 
     def close(self) -> None:
-        """End both processes; the next pair starts others."""
+        """End the reference's process; the next pair starts another."""
         with suppress(Exception):
-            self._hosts.stop()
-        self._hosts = HostPool()
+            self._reference.kill()
 
     def _ran(self, task: Task, row: Row) -> Row:
-        plan = make_plan(task.name, given={"candidate": "vllm", "dtype": task.dtype}, explain=task.explain)
-        candidate = plan.candidate_engine(self._hosts.get("vllm"))
-        session = Session(
-            reference=plan.reference(host=self._hosts.get("hf")),
-            candidate=candidate,
-            cases=plan.resolve_cases(),
-            config=plan.config,
-            checkpoint=plan.checkpoint,
-            explain=task.explain,
+        plan = make_plan(
+            task.name, given={"candidate": "vllm", "dtype": task.dtype}, case_names=CASES, explain=task.explain
         )
-        with session:
-            return told(row, session.results(plan.checks))
+        host = WarmHost()
+        try:
+            session = Session(
+                reference=plan.reference(host=self._reference),
+                candidate=plan.candidate_engine(host),
+                cases=plan.resolve_cases(),
+                config=plan.config,
+                checkpoint=plan.checkpoint,
+                explain=task.explain,
+            )
+            with session:
+                return told(row, session.results(plan.checks))
+        finally:
+            host.kill()
 
 
 def told(row: Row, results: Results) -> Row:

@@ -85,6 +85,6 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def left(tasks: Iterable[Task], rows: Iterable[Row], source: str) -> list[Task]:
-    """The tasks that there is no settled row of that source of."""
-    done = {(r.task.name, r.task.dtype) for r in rows if r.source == source and r.outcome in SETTLED}
+    """The tasks that there is no settled row of that source of; of any, where none is given."""
+    done = {(r.task.name, r.task.dtype) for r in rows if (not source or r.source == source) and r.outcome in SETTLED}
     return [t for t in tasks if (t.name, t.dtype) not in done]

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.matrix.row import Row, Task, add_row
-from paritykit.testing.drawn.catalogue import causal_classes
+from paritykit.testing.drawn.catalogue import class_names
 
 Tell = Callable[[int, int, Row], None]
 
@@ -42,7 +42,7 @@ class Worker:
             return msgspec.json.decode(line, type=Row)
         self.stop()
         reason = "the process that runs both engines died" if ready else f"it took longer than {seconds:g} s"
-        architecture = causal_classes()[task.model_type]
+        architecture = class_names()[task.model_type]
         return Row(task=task, source=self._source, outcome="could not run", reason=reason, architecture=architecture)
 
     def stop(self) -> None:

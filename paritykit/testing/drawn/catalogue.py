@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -11,28 +12,34 @@ BACKEND = "TransformersForCausalLM"
 """vLLM's class for models that it has none for; for some it takes a subclass."""
 
 
-@cache
-def causal_classes() -> dict[str, str]:
-    """By ``model_type``: the class of the causal language model that transformers makes from its config.
+def class_names() -> dict[str, str]:
+    """By ``model_type``: the class of the causal language model that transformers makes from its config, all of them.
 
-    Of several that give one class, that one whose config the class names as its own; those that have an encoder, or
-    see pictures or hear, are left out. Raises EngineMissingError without transformers.
+    Raises EngineMissingError without transformers.
     """
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
     except ImportError as error:
         raise EngineMissingError("drawn models need transformers: pip install 'paritykit[hf]'") from error
-    names = {kind: name if isinstance(name, str) else name[0] for kind, name in NAMES.items()}
-    return {kind: name for kind, name in sorted(names.items()) if _is_own(kind, name) and _is_plain(kind)}
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in sorted(NAMES.items())}
+
+
+@cache
+def causal_classes() -> dict[str, str]:
+    """Those of ``class_names`` into which nothing but text goes, and before which no encoder stands.
+
+    Of several model types that share a config class, its own one. Imports the config class of each.
+    """
+    return {kind: name for kind, name in class_names().items() if is_plain(kind)}
 
 
 def find_class(model_type: str) -> Any:
     """The class of a ``model_type``. Raises UnknownNameError with the nearest names."""
     import transformers
 
-    if model_type not in causal_classes():
-        raise UnknownNameError("model type of a causal language model", model_type, causal_classes())
-    return getattr(transformers, causal_classes()[model_type])
+    if model_type not in class_names():
+        raise UnknownNameError("model type of a causal language model", model_type, class_names())
+    return getattr(transformers, class_names()[model_type])
 
 
 def config_class(model_type: str) -> Any:
@@ -64,23 +71,13 @@ def vllm_classes() -> dict[str, str]:
     return found
 
 
-def _is_own(model_type: str, name: str) -> bool:
-    import transformers
-
-    found, config = getattr(transformers, name, None), config_class(model_type)
-    return getattr(found, "config_class", None) is config and getattr(config, "model_type", "") == model_type
-
-
-def _is_plain(model_type: str) -> bool:
-    """Whether nothing but text goes in, and no encoder stands before."""
+def is_plain(model_type: str) -> bool:
+    """Whether it has a config class of its own, with no part that sees, hears or encodes, and none for the text."""
     kind = config_class(model_type)
-    parts = {name for name in getattr(kind, "sub_configs", {}) if "text" not in name}
-    senses = {n for n in parts if any(word in n for word in ("vision", "audio", "image", "encoder", "decoder"))}
-    return not senses and not getattr(kind, "is_composition", False) and not _has_encoder(kind)
+    senses = ("text", "vision", "audio", "image", "encoder", "decoder")
+    parts = [n for n in getattr(kind, "sub_configs", {}) if any(word in n for word in senses)]
+    return getattr(kind, "model_type", "") == model_type and not parts and not _has_encoder(kind)
 
 
 def _has_encoder(kind: Any) -> bool:
-    import dataclasses
-
-    default = next((f.default for f in dataclasses.fields(kind) if f.name == "is_encoder_decoder"), False)
-    return default is True
+    return next((f.default for f in dataclasses.fields(kind) if f.name == "is_encoder_decoder"), False) is True

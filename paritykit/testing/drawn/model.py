@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import cached_assets_path
 
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
-from paritykit.testing.drawn.catalogue import causal_classes, config_class
+from paritykit.testing.drawn.catalogue import class_names, config_class, is_plain
 from paritykit.testing.drawn.fields import Fields, small_fields
 from paritykit.testing.drawn.roles import Sizes
 from paritykit.testing.drawn.search import find_working
@@ -40,8 +40,10 @@ def drawn_model(
     """
     if dtype not in DTYPES:
         raise UnknownNameError("drawn model dtype", dtype, DTYPES)
-    if model_type not in causal_classes():
-        raise UnknownNameError("model type of a causal language model", model_type, causal_classes())
+    if model_type not in class_names():
+        raise UnknownNameError("model type of a causal language model", model_type, class_names())
+    if not is_plain(model_type):
+        raise UsageError(f"no model of {model_type!r} is drawn: more than text goes into it")
     try:
         target = _cache_folder(model_type, seed, dtype) if path is None else empty_folder(Path(path))
         if not is_complete(target):
