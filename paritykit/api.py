@@ -24,6 +24,7 @@ from paritykit.engines.base import Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import ParityFailure, UsageError
 from paritykit.mapping.user import read_rules
+from paritykit.models import cases_for
 from paritykit.plan import make_plan
 from paritykit.reports import write_report
 from paritykit.reports.terminal import failure_text
@@ -149,8 +150,7 @@ def concrete_cases(cases: CaseSet | Iterable[Case], model: str) -> list[Case]:
         raise UsageError(
             f"built-in cases need a checkpoint folder to know the vocabulary; pass Case objects to {model!r}"
         )
-    checkpoint = Checkpoint.find(model)
-    return cases.resolve(vocab_size=checkpoint.vocab_size, max_positions=checkpoint.max_positions)
+    return cases_for(Checkpoint.find(model), cases)
 
 
 def weights(

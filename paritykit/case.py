@@ -1,7 +1,8 @@
 """Cases: the inputs both engines get, and the named sets that ship with ParityKit.
 
 A case is token ids and what follows them. Built-in cases are recipes: they draw seeded token ids over the whole
-vocabulary of the model they meet (the last id included), so that one name works for every model.
+vocabulary of the model they meet (the last id included), so that one name works for every model. Those of the set
+``text`` are real text instead, for a model that has a tokenizer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import Any
 import msgspec
 
 from paritykit.errors import UnknownNameError, UsageError
-
-Tokenize = Callable[[str], list[int]]
+from paritykit.passages import PASSAGES, Message, Passage, Tokenizer
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +43,31 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     def force(self, generated: Iterable[int]) -> Case:
         """This case with ``generated`` fed in place of the engine's own choices."""
         return msgspec.structs.replace(self, forced=tuple(generated)[: self.new_tokens])
+
+
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """A case that is text, or a chat, until it meets a tokenizer; ``where`` it was written, for messages."""
+
+    id: str
+    passage: Passage
+    new_tokens: int = 0
+    batch: int = 0
+    forced: tuple[int, ...] = ()
+    where: str = ""
+
+    def read(self, tokenizer: Tokenizer | None, *, max_tokens: int | None = None) -> Case:
+        """The case in a model's token ids, the first ``max_tokens`` of them. Raises UsageError where it has no
+        tokenizer, or one that refuses the text.
+        """
+        where = self.where or f"case {self.id!r}"
+        if tokenizer is None:
+            kind = "messages" if self.passage.messages else "text"
+            raise UsageError(f'{where}: "{kind}" needs a tokenizer, and this model has none; give "tokens"')
+        try:
+            tokens = tuple(self.passage.tokens(tokenizer)[:max_tokens])
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+        return Case(id=self.id, tokens=tokens, new_tokens=self.new_tokens, batch=self.batch, forced=self.forced)
 
 
 SIZED = re.compile(r"len-(\d+)(?:\+(\d+)(f?))?(?:@(?:([a-z]+)(\d+)([a-z]+)|(\w+)))?(?::\d+)?")
@@ -132,6 +157,7 @@ RECIPES: dict[str, Recipe] = {
 SETS: dict[str, tuple[str, ...]] = {
     "smoke": ("short", "long-40", "long-200"),
     "ragged-batch": ("ragged-1", "ragged-13", "ragged-33"),
+    "text": tuple(PASSAGES),
 }
 """Names for several cases that are submitted as one batch."""
 
@@ -163,24 +189,29 @@ class CaseSet:
             parity.check("modules", case)
     """
 
-    def __init__(self, names: Iterable[str], fixed: Iterable[Case] = ()) -> None:
+    def __init__(self, names: Iterable[str], fixed: Iterable[Case | Written] = ()) -> None:
         self.names = tuple(names)
         self.fixed = tuple(fixed)
         for name in self.names:
-            if find_recipe(name) is None and name not in SETS:
-                raise UnknownNameError("case", name, [*RECIPES, *SETS, "len-LENGTH+NEW"])
+            if find_recipe(name) is None and name not in SETS and name not in PASSAGES:
+                raise UnknownNameError("case", name, [*RECIPES, *PASSAGES, *SETS, "len-LENGTH+NEW"])
 
     def ids(self) -> list[str]:
         """The case ids, known before any model is."""
-        return list(dict.fromkeys([*self._recipes(), *(c.id for c in self.fixed)]))
+        return list(dict.fromkeys([*self._singles(), *(c.id for c in self.fixed)]))
 
-    def resolve(self, *, vocab_size: int, max_positions: int | None = None) -> list[Case]:
-        """The cases for a model, checked against its vocabulary and length.
+    def resolve(
+        self, *, vocab_size: int, max_positions: int | None = None, tokenizer: Tokenizer | None = None
+    ) -> list[Case]:
+        """The cases for a model, checked against its vocabulary and length; built-in ones are cut to fit it.
 
-        Raises UsageError for an id outside the vocabulary, a prompt longer than ``max_positions``, or a repeated id.
+        Raises UsageError for an id outside the vocabulary, a prompt longer than ``max_positions``, a repeated id, or
+        text where there is no ``tokenizer``.
         """
-        drawn = [r.draw(n, vocab_size=vocab_size, max_positions=max_positions) for n, r in self._recipes().items()]
-        return validate([*drawn, *self.fixed], vocab_size=vocab_size, max_positions=max_positions)
+        limits = {"vocab_size": vocab_size, "max_positions": max_positions}
+        drawn = [_draw(name, tokenizer=tokenizer, **limits) for name in self._singles()]  # type: ignore[arg-type]
+        fixed = [case if isinstance(case, Case) else case.read(tokenizer) for case in self.fixed]
+        return validate([*drawn, *fixed], vocab_size=vocab_size, max_positions=max_positions)
 
     def __call__(self, test: Callable[..., Any]) -> Any:
         """Parametrise ``test`` over ``case``: one pytest item for each case id."""
@@ -191,9 +222,20 @@ class CaseSet:
     def __iter__(self) -> Iterator[str]:
         return iter(self.ids())
 
-    def _recipes(self) -> dict[str, Recipe]:
-        names = [single for name in self.names for single in SETS.get(name, (name,))]
-        return {name: recipe for name in names if (recipe := find_recipe(name)) is not None}
+    def _singles(self) -> list[str]:
+        return list(dict.fromkeys(single for name in self.names for single in SETS.get(name, (name,))))
+
+
+def _draw(name: str, *, vocab_size: int, max_positions: int | None, tokenizer: Tokenizer | None) -> Case:
+    """A built-in case for a model. Raises UsageError."""
+    recipe = find_recipe(name)
+    if recipe is not None:
+        return recipe.draw(name, vocab_size=vocab_size, max_positions=max_positions)
+    passage = PASSAGES[name]
+    if tokenizer is None:
+        raise UsageError(f"case {name!r} is text, and this model has no tokenizer; take a case like 'smoke' instead")
+    most = None if max_positions is None else max(1, max_positions - passage.new_tokens)
+    return Written(id=name, passage=passage, new_tokens=passage.new_tokens).read(tokenizer, max_tokens=most)
 
 
 def cases(*names: str, file: str | os.PathLike[str] | None = None) -> CaseSet:
@@ -226,38 +268,43 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     id: str
     tokens: list[int] | None = None
     text: str | None = None
+    messages: list[Message] | None = None
     new_tokens: int = 0
     batch: int = 0
     forced: list[int] = []
 
 
-def read_cases(path: str | os.PathLike[str], *, tokenize: Tokenize | None = None) -> list[Case]:
-    """Cases from a JSONL file, one a line; ``"text"`` needs ``tokenize``. Raises UsageError with the line number."""
+def read_cases(path: str | os.PathLike[str]) -> list[Case | Written]:
+    """Cases from a JSONL file, one a line: ``"tokens"``, or ``"text"`` or ``"messages"`` for a tokenizer.
+
+    Raises UsageError with the line number.
+    """
     source = Path(path)
     try:
         lines = source.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read cases from {source}: {error}") from error
-    found = [_parse(f"{source}, line {n}", text, tokenize) for n, text in enumerate(lines, 1) if text.strip()]
+    found = [_parse(f"{source}, line {n}", text) for n, text in enumerate(lines, 1) if text.strip()]
     if not found:
         raise UsageError(f"{source} has no cases")
     return found
 
 
-def _parse(where: str, text: str, tokenize: Tokenize | None) -> Case:
+def _parse(where: str, text: str) -> Case | Written:
     try:
         line = msgspec.json.decode(text, type=_Line)
     except msgspec.MsgspecError as error:
         raise UsageError(f"{where}: {error}") from error
-    tokens = line.tokens
-    if tokens is None and line.text is not None:
-        if tokenize is None:
-            raise UsageError(f'{where}: "text" needs a tokenizer, and this model has none; give "tokens"')
-        tokens = tokenize(line.text)
-    if not tokens:
-        raise UsageError(f'{where}: no "tokens"')
+    given = {n: v for n in ("tokens", "text", "messages") if (v := getattr(line, n)) is not None}
+    if len(given) > 1:
+        names = " and ".join(f'"{name}"' for name in given)
+        raise UsageError(f"{where}: {names} say the same; give one of them")
+    if not any(given.values()):
+        raise UsageError(f'{where}: no "tokens"' + "".join(f', and "{name}" is empty' for name in given))
     if line.new_tokens < 0 or len(line.forced) > line.new_tokens:
         raise UsageError(f'{where}: "new_tokens" must be at least the number of "forced" ids, and not negative')
-    return Case(
-        id=line.id, tokens=tuple(tokens), new_tokens=line.new_tokens, batch=line.batch, forced=tuple(line.forced)
-    )
+    rest: dict[str, Any] = {"new_tokens": line.new_tokens, "batch": line.batch, "forced": tuple(line.forced)}
+    if line.tokens:
+        return Case(id=line.id, tokens=tuple(line.tokens), **rest)
+    passage = Passage(text=line.text or "", messages=tuple(line.messages or ()))
+    return Written(id=line.id, passage=passage, where=where, **rest)

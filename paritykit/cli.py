@@ -58,7 +58,7 @@ def run(model: str, **options: Any) -> int:
     """Run MODEL on the reference and on the candidate, and compare them layer by layer.
 
     MODEL is a checkpoint folder, a hub id, or tiny:FAMILY (see `paritykit list models`), with fields of its config
-    where you like: tiny:qwen2,num_key_value_heads=1,tie_word_embeddings=true.
+    where you like: tiny:qwen2,num_key_value_heads=1,tie_word_embeddings=true. real:smollm2 is a trained one.
 
     \b
     paritykit run ./my-model --candidate vllm --dtype bfloat16 --html parity.html

@@ -15,6 +15,7 @@ from paritykit.invariance.explore import Ground, Profile, known_edges, smallest_
 from paritykit.invariance.judge import arguments_of, badness
 from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.trial import Arguments
+from paritykit.models import cases_for
 from paritykit.results import Coverage, Finding
 from paritykit.runner import Session
 
@@ -68,8 +69,7 @@ class _Search:
 
     def resolve(self, workload: CaseSet) -> list[Case]:
         """The cases of a workload."""
-        limits = {"vocab_size": self._checkpoint.vocab_size, "max_positions": self._checkpoint.max_positions}
-        return workload.resolve(**limits)  # type: ignore[arg-type]
+        return cases_for(self._checkpoint, workload)
 
     def fails(self, workload: CaseSet, arguments: Arguments) -> bool:
         """Whether a workload differs; only what the check looks at first is recorded."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from paritykit.case import RECIPES, SETS
 from paritykit.checks import CHECKS
 from paritykit.engines import ENGINES
+from paritykit.passages import PASSAGES
 from paritykit.reports import REPORTS
 
 ENGINE_LINES = {
@@ -27,13 +28,16 @@ def _checks() -> Iterable[tuple[str, str]]:
 
 def _cases() -> Iterable[tuple[str, str]]:
     yield from ((n, f"{r.length} tokens, {r.new_tokens} new") for n, r in RECIPES.items())
+    yield from ((n, f"{p.kind}, for a model with a tokenizer") for n, p in PASSAGES.items())
     yield from ((n, "one batch of " + ", ".join(recipes)) for n, recipes in SETS.items())
 
 
 def _models() -> Iterable[tuple[str, str]]:
-    from paritykit.testing import TINY_FAMILIES
+    from paritykit.testing import REAL_MODELS, TINY_FAMILIES, TRANSPLANTS
 
-    return ((f"tiny:{name}", "") for name in TINY_FAMILIES)
+    yield from ((f"tiny:{name}", "") for name in TINY_FAMILIES)
+    yield from ((f"real:{name}", "trained; needs paritykit[real]") for name in REAL_MODELS)
+    yield from ((f"real:smollm2,family={name}", "the same weights in another family") for name in TRANSPLANTS)
 
 
 def _metrics() -> Iterable[tuple[str, str]]:

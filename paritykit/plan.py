@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from paritykit.case import Case, CaseSet, read_cases, validate
+from paritykit.case import Case, CaseSet, Written, read_cases
 from paritykit.checks import BASIC, CHECKS
 from paritykit.config import Config, load_config
 from paritykit.engines import check_engine, engine
@@ -23,7 +23,7 @@ from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.floor_file import FloorFile, floor_of
 from paritykit.mapping.user import UserRule, read_rules
-from paritykit.models import resolve_model, tokenizer_of
+from paritykit.models import cases_for, resolve_model
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
 from paritykit.runner import Session
 from paritykit.store import key_of, open_store
@@ -42,7 +42,7 @@ class Plan:
     config: Config
     checks: tuple[str, ...]
     case_names: tuple[str, ...] = ()
-    fixed: tuple[Case, ...] = ()
+    fixed: tuple[Case | Written, ...] = ()
     cases_file: str = ""
     tensor_parallel_size: int = 1
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +200,7 @@ def make_plan(
     given: Mapping[str, Any] | None = None,
     checks: Sequence[str] = (),
     case_names: Sequence[str] = (),
-    fixed: Iterable[Case] = (),
+    fixed: Iterable[Case | Written] = (),
     cases_file: str | os.PathLike[str] | None = None,
     engine_args: Mapping[str, Any] | None = None,
     reference_args: Mapping[str, Any] | None = None,
@@ -240,16 +240,15 @@ def make_plan(
 
 
 def resolve_cases(
-    checkpoint: Checkpoint, *, names: Sequence[str] = (), fixed: Sequence[Case] = (), file: str = ""
+    checkpoint: Checkpoint, *, names: Sequence[str] = (), fixed: Sequence[Case | Written] = (), file: str = ""
 ) -> list[Case]:
     """The cases for a checkpoint: built-in ones by name and ``fixed`` ones, or a file's, picked by id.
 
     Raises UsageError.
     """
-    limits = {"vocab_size": checkpoint.vocab_size, "max_positions": checkpoint.max_positions}
     if not file:
-        return CaseSet(names or (() if fixed else ("smoke",)), fixed).resolve(**limits)  # type: ignore[arg-type]
-    found = {c.id: c for c in validate(read_cases(file, tokenize=tokenizer_of(checkpoint)), **limits)}  # type: ignore[arg-type]
+        return cases_for(checkpoint, CaseSet(names or (() if fixed else ("smoke",)), fixed))
+    found = {c.id: c for c in cases_for(checkpoint, CaseSet((), read_cases(file)))}
     for name in names:
         if name not in found:
             raise UnknownNameError(f"case in {file}", name, found)

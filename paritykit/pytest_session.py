@@ -19,6 +19,7 @@ from paritykit.engines.process import HostPool
 from paritykit.errors import ParityError, ParityFailure, UnknownNameError, UsageError
 from paritykit.exploration import Exploration, explore
 from paritykit.invariance.explore import find_profile
+from paritykit.models import cases_for
 from paritykit.options import parse_engine_args
 from paritykit.plan import Plan, make_plan
 from paritykit.records import assemble, case_infos, merge_results
@@ -122,8 +123,8 @@ class ParitySession:
 
         Raises UsageError for another check, or cases that do not fit the model.
         """
-        check, found = _invariance(name), self._plan.checkpoint
-        resolved = cases.resolve(vocab_size=found.vocab_size, max_positions=found.max_positions)
+        check = _invariance(name)
+        resolved = cases_for(self._plan.checkpoint, cases)
         answer = self._tried(lambda: self._session.vary(check, resolved))
         failed = any(f.verdict == "fail" for f in answer.findings)
         return self._hold(name, Exploration(answer=answer, failing=resolved if failed else [], tried=1))

@@ -1,11 +1,13 @@
-"""The reference: as truth, one precision above the candidate, and as twin, in the candidate's own.
+"""The reference: as truth, one precision above the candidate, and in the candidate's own as twin and as ensemble.
 
-Both are run on first need, each once, one after the other in one process, and kept in the store.
+All are run on first need, each once, one after the other in one process, and kept in the store.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +15,19 @@ from typing import Any
 
 import msgspec
 
+from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.ensemble import Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.process import HostProcess
-from paritykit.errors import EngineError
-from paritykit.store import Store
+from paritykit.errors import EngineError, ParityError
+from paritykit.store import Store, joined_key
 
+DRAWS, SEED = 8, 0
+"""Draws of the twin's rounding: the more, the surer is how far numbers scatter, and as many times its computation."""
 UNKNOWN = "this reference is not run in two dtypes"
 PRECISION = {"float16": 1, "bfloat16": 1, "float32": 2, "float64": 3}
 ABOVE = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
@@ -40,14 +46,16 @@ class Role:
 class Reference:
     """``truth`` and, where there is a noise floor to measure, ``twin``; ``plain`` runs where the truth cannot.
 
-    ``no_floor`` says why there is no twin. ``variants`` are other ways to run it in the twin's dtype, by what differs;
-    a variant gets all cases in one batch. ``host`` is a process of their own that they all share.
+    ``no_floor`` says why there is no twin, ``no_ensemble`` why its rounding could not be drawn anew. ``variants`` are
+    other ways to run it in the twin's dtype, by what differs; a variant gets all cases in one batch. ``host`` is a
+    process of their own that they all share.
     """
 
     truth: Role
     twin: Role | None = None
     plain: Role | None = None
     no_floor: str = UNKNOWN
+    no_ensemble: str = ""
     variants: dict[str, Role] = field(default_factory=dict)
     host: HostProcess | None = None
     store: Store | None = None
@@ -55,6 +63,7 @@ class Reference:
     cases: list[Case] = field(default_factory=list)
     progress: Progress | None = None
     starts: dict[str, int] = field(default_factory=dict)
+    _drawing: bool = False
 
     def prepare(self, *, folder: Path, cases: list[Case], progress: Progress | None) -> None:
         """Where captures go that are not kept, and what is run."""
@@ -77,19 +86,72 @@ class Reference:
 
         What it decodes for the most part it also reads at once, see ``comparison.twin``.
         """
+        return self._twins[0]
+
+    @property
+    def ensemble(self) -> Ensemble | None:
+        """What ``DRAWS`` draws of the twin's rounding do, measured against the truth; None where it has none."""
+        return self._twins[1]
+
+    @cached_property
+    def _twins(self) -> tuple[Capture | None, Ensemble | None]:
+        """The twin and its ensemble, the engine started once for both."""
         truth = self.capture
         if self.twin is None:
-            return None
-        forced = [c.force(truth.continuation(c.id)) for c in self.cases]
-        found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin")
+            return None, None
+        forced = self._forced(truth)
+        with self._starting(self.twin, "twin") as start:
+            found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin", start)
+            drawn = self._draw(truth, forced, start)
         if self.host is not None:
             self.host.stop()
+        return found, drawn
+
+    def draw_fed(self, feed: Feed, cases: list[str]) -> Ensemble | None:
+        """What the draws do where modules are fed the truth's values, on some cases; None where there is no ensemble.
+
+        The twin's engine stays open for the next, until ``close``.
+        """
+        if self.ensemble is None or self.twin is None:
+            return None
+        if not self._drawing:
+            self.twin.engine.open()
+            self._drawing = True
+        out = self.folder / f"drawn-{uuid.uuid4().hex[:8]}"
+        forced = [c for c in self._forced(self.capture) if c.id in cases]
+        truth = self.capture.path
+        found: Ensemble = self.twin.engine.draw(forced, truth=truth, out=out, draws=DRAWS, seed=SEED, feed=feed)
         return found
+
+    def _forced(self, truth: Capture) -> list[Case]:
+        return [c.force(truth.continuation(c.id)) for c in self.cases]
+
+    def _draw(self, truth: Capture, cases: list[Case], start: Callable[[], Engine]) -> Ensemble | None:
+        """Kept as a capture is. An ensemble that cannot be had costs the ensemble, not the run."""
+
+        def make(out: Path) -> Ensemble:
+            engine: Any = start()
+            if "draw" not in engine.capabilities:
+                raise EngineError("the reference does not draw its rounding anew")
+            found: Ensemble = engine.draw(
+                cases, truth=truth.path, out=out, draws=DRAWS, seed=SEED, progress=self.progress
+            )
+            return found
+
+        scratch, keys = self.folder / "ensemble", [r.key for r in (self.truth, self.twin) if r is not None]
+        try:
+            if self.store is None or not all(keys):
+                return make(scratch)
+            parts = [key(cases) for key in keys if key is not None]
+            name = joined_key(*parts, f"{DRAWS} draws, seed {SEED}")
+            return self.store.take(name, make, scratch=scratch, read=Ensemble.open)
+        except ParityError as error:
+            self.no_ensemble = str(error).splitlines()[0]
+            return None
 
     def run_variants(self) -> Iterator[tuple[str, Capture | EngineError]]:
         """What each of the variants gives, fed the truth's tokens, or the error that ended it."""
-        truth = self.capture
-        forced = [msgspec.structs.replace(c.force(truth.continuation(c.id)), batch=0) for c in self.cases]
+        forced = [msgspec.structs.replace(c, batch=0) for c in self._forced(self.capture)]
         for number, (name, role) in enumerate(self.variants.items()):
             try:
                 yield name, self._take(role, forced, f"variant{number}")
@@ -106,18 +168,36 @@ class Reference:
         if self.host is not None:
             self.host.stop()
 
-    def _take(self, role: Role, cases: list[Case], name: str) -> Capture:
+    def _take(self, role: Role, cases: list[Case], name: str, start: Callable[[], Engine] | None = None) -> Capture:
+        """The capture of a role's engine: kept, or run now, by ``start`` where others use the engine too."""
+        if start is None:
+            with self._starting(role, name) as own:
+                return self._take(role, cases, name, own)
+
+        def make(out: Path) -> Capture:
+            return start().run(cases, points=Selection(), out=out, progress=self.progress)
+
         scratch = self.folder / name
         if self.store is None or role.key is None:
-            return self._run(role.engine, cases, scratch, name)
-        return self.store.take(role.key(cases), lambda out: self._run(role.engine, cases, out, name), scratch=scratch)
+            return make(scratch)
+        return self.store.take(role.key(cases), make, scratch=scratch, read=Capture.open)
 
-    def _run(self, engine: Engine, cases: list[Case], out: Path, name: str) -> Capture:
-        if self.progress:
-            self.progress(f"starting {getattr(engine, 'name', 'reference')}", 0, 0)
+    @contextmanager
+    def _starting(self, role: Role, name: str) -> Iterator[Callable[[], Engine]]:
+        """Gives the role's engine, opened when it is first asked for, and closes it on leaving the context."""
+        opened: list[Engine] = []
+
+        def start() -> Engine:
+            if not opened:
+                if self.progress:
+                    self.progress(f"starting {getattr(role.engine, 'name', 'reference')}", 0, 0)
+                opened.append(role.engine)
+                role.engine.open()
+                self.starts[name] = self.starts.get(name, 0) + 1
+            return opened[0]
+
         try:
-            engine.open()
-            self.starts[name] = self.starts.get(name, 0) + 1
-            return engine.run(cases, points=Selection(), out=out, progress=self.progress)
+            yield start
         finally:
-            engine.close()
+            for engine in opened:
+                engine.close()

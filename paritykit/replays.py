@@ -14,6 +14,7 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
+from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.routing import find_routers
 from paritykit.diagnose.replay import Descent, Look, Place, Replayed, refine
 from paritykit.diagnose.slices import find_slices
@@ -21,6 +22,7 @@ from paritykit.diagnose.tree import Tree
 from paritykit.engines.base import Progress
 from paritykit.errors import ParityError
 from paritykit.mapping.feeding import can_feed, make_feed
+from paritykit.mapping.rules import Rule
 from paritykit.results import Finding, Local
 
 CHECKS = ("modules", "logits")
@@ -30,12 +32,22 @@ UNMAPPED = ("shape", "mapping")
 
 
 class Replays:
-    """Local errors for the findings of a subject, from further runs of ``engine``, which is open; each case once."""
+    """Local errors for the findings of a subject, from further runs of ``engine``, which is open; each case once.
 
-    def __init__(self, subject: Subject, engine: Any, *, progress: Progress | None = None) -> None:
-        self._subject, self._engine, self._progress = subject, engine, progress
+    ``draw`` runs draws of the reference's rounding, fed as the engine is: what these do is the local noise floor.
+    """
+
+    def __init__(
+        self, subject: Subject, engine: Any, *, draw: Draw | None = None, progress: Progress | None = None
+    ) -> None:
+        self._subject, self._engine, self._draw, self._progress = subject, engine, draw, progress
         self._rules = {r.reference: r for r in subject.mapping.rules}
         self._known: dict[str, Replayed] = {}
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The cases that were replayed to the end."""
+        return frozenset(case for case, found in self._known.items() if found.local)
 
     def explain(self, findings: list[Finding]) -> list[Finding]:
         """``findings`` with local errors where a case failed; as they are where the engine cannot replay.
@@ -92,11 +104,20 @@ class Replays:
             found = self._measured(capture, shown, cases, replaced=whole)
         return Look(found, frozenset(whole))
 
+    def _drawn(self, replaced: Sequence[str], cases: Sequence[str]) -> Ensemble | None:
+        """What the draws do where these points of the reference's are its true values."""
+        if self._draw is None:
+            return None
+        manifest = self._subject.reference.manifest
+        own = [Rule(reference=k, candidate=k) for k in replaced]
+        feed = make_feed(own, reference=manifest, folder=self._subject.reference.path, candidate=manifest)
+        return self._draw(feed, list(cases))
+
     def _measured(
         self, capture: Capture, shown: Sequence[str], cases: Sequence[str], *, replaced: Sequence[str]
     ) -> dict[Place, Finding]:
         subject = self._subject
-        again = subject.again(capture)
+        again = subject.again(capture, ensemble=self._drawn(replaced, cases))
         orders = sorted(subject.graph.order(k) for k in replaced)
         found = {}
         for key in (k for k in shown if self._rules[k].candidate in capture.points):

@@ -26,9 +26,11 @@ from paritykit.checks.base import (
     Subject,
 )
 from paritykit.checks.checkpoint import answer_of
+from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.policy import Policy, read_policies
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
+from paritykit.diagnose.accumulated import accumulate
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
@@ -145,6 +147,7 @@ class Session:
             twin=twin,
             no_floor=self._reference.no_floor,
             policies=self._policies,
+            ensemble=self._reference.ensemble,
         )
 
     @cached_property
@@ -182,7 +185,7 @@ class Session:
             return findings
         if "subject" not in self.__dict__:
             return explain_findings(findings, subject=None, checkpoint=self._checkpoint)
-        local = self._replays.explain(findings)
+        local = accumulate(self._replays.explain(findings), replayed=self._replays.done)
         return explain_findings(local, subject=self.subject, checkpoint=self._checkpoint)
 
     @cached_property
@@ -192,7 +195,8 @@ class Session:
 
     @cached_property
     def _replays(self) -> Replays:
-        return Replays(self.subject, self._opened_candidate(), progress=self._progress)
+        draw = self._reference.draw_fed
+        return Replays(self.subject, self._opened_candidate(), draw=draw, progress=self._progress)
 
     def answer(self, check: ModelCheck) -> Answer:
         """What a model check finds; that it was skipped, where there is not what it needs."""
@@ -400,6 +404,8 @@ def compare_captures(
     candidate: Capture,
     *,
     twin: Capture | None = None,
+    ensemble: Ensemble | None = None,
+    draw: Draw | None = None,
     checks: Iterable[str] | None = None,
     config: Config | None = None,
     rules: list[UserRule] | None = None,
@@ -410,9 +416,10 @@ def compare_captures(
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
-    ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor. ``engine`` is the
-    candidate, opened to replay modules where a case fails; with ``explain`` causes are looked for there. Raises
-    UsageError if they do not hold the same tokens.
+    ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor, and ``ensemble`` what
+    draws of its rounding do. ``engine`` is the candidate, opened to replay modules where a case fails (``draw``: beside
+    draws that are fed so too); with ``explain`` causes are looked for there. Raises UsageError if they do not hold the
+    same tokens.
     """
     config = config or load_config()
     for other in (candidate, *([twin] if twin is not None else [])):
@@ -425,18 +432,19 @@ def compare_captures(
         tolerance_source=config.source("tolerance"),
         twin=twin,
         policies=policies_of(config),
+        ensemble=ensemble,
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
     if engine is not None:
-        findings = _looked_into(findings, subject, engine, progress=progress)
+        findings = _looked_into(findings, subject, engine, draw=draw, progress=progress)
     findings = explain_findings(findings, subject=subject) if explain else findings
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
     return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
 
 
 def _looked_into(
-    findings: list[Finding], subject: Subject, engine: Engine, *, progress: Progress | None
+    findings: list[Finding], subject: Subject, engine: Engine, *, draw: Draw | None, progress: Progress | None
 ) -> list[Finding]:
     """``findings`` with a verdict behind expert flips, and with local errors where they fail, by runs of ``engine``."""
     with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
@@ -445,7 +453,8 @@ def _looked_into(
             return findings
         try:
             engine.open()
-            return Replays(subject, engine, progress=progress).explain(routed.settle(findings))
+            replays = Replays(subject, engine, draw=draw, progress=progress)
+            return accumulate(replays.explain(routed.settle(findings)), replayed=replays.done)
         finally:
             engine.close()
 

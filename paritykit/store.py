@@ -15,18 +15,19 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 import paritykit
 from paritykit.captures.manifest import SCHEMA_VERSION
-from paritykit.captures.reader import Capture
 from paritykit.case import Case
 from paritykit.errors import CaptureFormatError, UsageError
 
+K = TypeVar("K")
+"""What is kept: a capture, or an ensemble."""
 LIBRARIES = ("torch", "transformers")
-SOURCES = ("engines", "captures")
+SOURCES = ("engines", "captures", "comparison")
 """Folders of ParityKit whose files decide what a reference capture holds."""
 
 
@@ -36,12 +37,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def take(self, key: str, make: Callable[[Path], Capture], *, scratch: Path) -> Capture:
-        """The capture of that name, or what ``make(folder)`` gives, kept under it.
+    def take(self, key: str, make: Callable[[Path], K], *, scratch: Path, read: Callable[[Path], K]) -> K:
+        """What is kept under that name, or what ``make(folder)`` gives, kept under it; ``read`` opens a folder.
 
         Where the store cannot be written to, ``make`` gets ``scratch``. Raises what ``make`` raises.
         """
-        found = self.find(key)
+        found = self.find(key, read)
         if found is not None:
             return found
         new = self.folder / f".{key}.{uuid.uuid4().hex[:8]}"
@@ -54,25 +55,25 @@ class Store:
             return make(scratch)
         try:
             make(new)
-            return self._keep(new, key)
+            return self._keep(new, key, read)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
-    def find(self, key: str) -> Capture | None:
-        """The capture of that name; one that is damaged is removed."""
+    def find(self, key: str, read: Callable[[Path], K]) -> K | None:
+        """What is kept under that name; what is damaged is removed."""
         path = self.folder / key
         if not path.is_dir():
             return None
         try:
-            return Capture.open(path)
+            return read(path)
         except CaptureFormatError:
             shutil.rmtree(path, ignore_errors=True)
             return None
 
-    def _keep(self, new: Path, key: str) -> Capture:
+    def _keep(self, new: Path, key: str, read: Callable[[Path], K]) -> K:
         with contextlib.suppress(OSError):  # where another process was quicker
             os.rename(new, self.folder / key)
-        found = self.find(key)
+        found = self.find(key, read)
         if found is None:
             raise UsageError(f"{self.folder / key} could neither be written nor read; run with --no-cache")
         return found
@@ -105,6 +106,11 @@ def key_of(engine: str, arguments: Mapping[str, Any], *, digest: str, cases: lis
         [(name, _version(name)) for name in LIBRARIES],
     ]
     return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
+
+
+def joined_key(*parts: str) -> str:
+    """The name of what is made from several things: 32 hexadecimal digits."""
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 
 
 @cache

@@ -56,4 +56,6 @@ class Floors:
         **settings: Any,
     ) -> Results:
         sides, config = self.sides(family, dtype, names=names), load_config(settings, environ={})
-        return compare_captures(sides.truth, candidate, twin=sides.twin, checks=checks, config=config)
+        return compare_captures(
+            sides.truth, candidate, twin=sides.twin, ensemble=sides.ensemble, checks=checks, config=config
+        )

@@ -52,7 +52,7 @@ class WarmHost(HostProcess):
         self._answers, answer_write = context.Pipe(duplex=False)
         life_read, life_write = context.Pipe(duplex=False)
         self._lifeline = os.dup(life_write.fileno())
-        log = tempfile.NamedTemporaryFile(prefix="paritykit-engine-")
+        log = tempfile.NamedTemporaryFile(prefix="paritykit-engine-")  # noqa: SIM115  (closed by kill)
         self._log = log  # type: ignore[assignment]
         process = context.Process(target=serve, args=(order_read, answer_write, life_read, log.name), daemon=False)
         process.start()

@@ -17,7 +17,6 @@ from torch import nn
 
 from paritykit.captures.feeder import Feeder, Rows
 from paritykit.captures.manifest import Segment, point_key
-from paritykit.captures.writer import PartWriter
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: arguments by place and by name."""
@@ -57,6 +56,26 @@ class Reading(Protocol):
         ...
 
 
+class Part(Protocol):
+    """Where what is seen goes: a ``PartWriter``, or what measures in place of writing."""
+
+    def step(self, segments: list[Segment]) -> int:
+        """Begin a forward pass whose rows are labelled by ``segments``."""
+        ...
+
+    def record(self, tensor: torch.Tensor, *, module: str, port: str, call: int, kind: str, axes: str) -> None:
+        """Take a point's rows of this pass, ``[tokens, ...]``."""
+        ...
+
+    def alias(self, source: str, *, module: str, port: str, call: int, kind: str) -> None:
+        """Note that a point is the very tensor last recorded as ``source``."""
+        ...
+
+    def drop(self, module: str, port: str, reason: str) -> None:
+        """Leave a point out."""
+        ...
+
+
 class Selection:
     """Which points are wanted: glob patterns over point keys. ``Selection()`` takes all, ``Selection(())`` none."""
 
@@ -92,7 +111,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def __init__(
         self,
         model: nn.Module,
-        part: PartWriter,
+        part: Part,
         *,
         reading: Reading,
         selection: Selection,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from paritykit.comparison.drawn import each_chance
 from paritykit.comparison.policy import Policy, find_policy
 from paritykit.comparison.tolerance import Tolerance, coarser, flat, is_half, tolerance_for
 from paritykit.diagnose.locate import Graph
@@ -17,6 +18,7 @@ from paritykit.results import Coverage, Finding, WeightRow
 if TYPE_CHECKING:
     from paritykit.audit.notice import Audit
     from paritykit.captures.reader import Capture
+    from paritykit.comparison.ensemble import Ensemble
     from paritykit.comparison.routing import Rerouted
     from paritykit.errors import EngineError
     from paritykit.mapping.build import Mapping
@@ -32,7 +34,8 @@ class Subject:
     only by checks that need it, gives the tokens the candidate chose when left alone, by case id.
 
     ``twin`` is the reference again, in the candidate's dtype: with it, ``reference`` is the truth that both are held
-    against. ``no_floor`` says why there is none. ``policies`` are the project's own allowed numbers.
+    against, and ``ensemble`` is what draws of the twin's rounding do. ``no_floor`` says why there is none.
+    ``policies`` are the project's own allowed numbers.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Subject:
         twin: Capture | None = None,
         no_floor: str = "",
         policies: list[Policy] | None = None,
+        ensemble: Ensemble | None = None,
     ) -> None:
         self.reference = reference
         self.candidate = candidate
@@ -56,11 +60,19 @@ class Subject:
         self._free = free
         self._policies = policies or []
         self.twin, self._no_floor = _fitting(twin, candidate, no_floor)
+        self.ensemble = ensemble if self.twin is not None else None
+        self.local = False
+        """Whether the ensemble was fed as the candidate was."""
         self.twin_errors: dict[str, float] = {}
         self.flips: dict[str, Rerouted] = {}
 
-    def again(self, candidate: Capture, *, flips: dict[str, Rerouted] | None = None) -> Subject:
-        """The same beside another capture of the candidate, not left alone; ``flips`` if they are known."""
+    def again(
+        self, candidate: Capture, *, flips: dict[str, Rerouted] | None = None, ensemble: Ensemble | None = None
+    ) -> Subject:
+        """The same beside another capture of the candidate, not left alone; ``flips`` if they are known.
+
+        ``ensemble`` was run as this capture was; None: as the first.
+        """
         found = Subject(
             reference=self.reference,
             candidate=candidate,
@@ -70,9 +82,16 @@ class Subject:
             twin=self.twin,
             no_floor=self._no_floor,
             policies=self._policies,
+            ensemble=ensemble or self.ensemble,
         )
+        found.local = ensemble is not None
         found.flips, found.twin_errors = flips or {}, self.twin_errors
         return found
+
+    @cached_property
+    def luck(self) -> float:
+        """The chance of a false alarm that each judged number may take, so that a whole run keeps ``RUN_CHANCE``."""
+        return each_chance(len(self.mapping.rules) * len(self.reference.cases))
 
     @cached_property
     def graph(self) -> Graph:

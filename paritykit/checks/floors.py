@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -11,7 +12,9 @@ import torch
 from paritykit.captures.reader import Capture
 from paritykit.checks.base import Subject
 from paritykit.comparison.align import own_rows, pairs
-from paritykit.comparison.floor import DEGREES, FACTOR, Judged, beyond_floor, chance, judge_floor
+from paritykit.comparison.ensemble import PointDraws
+from paritykit.comparison.floor import DRAWN_FACTOR, FACTOR, Judged, beyond_floor, chance, judge_floor
+from paritykit.comparison.guard import DEGREES
 from paritykit.comparison.measurement import Measurement
 from paritykit.comparison.metrics import Meter
 from paritykit.comparison.noise import Noise
@@ -52,13 +55,30 @@ class FloorMeter:
         return max((m.result() for m in self._meters.values()), key=lambda noise: noise.twin.whole)
 
 
+def drawn_at(subject: Subject, rule: Rule, case: str, places: Sequence[int]) -> PointDraws | None:
+    """What the draws of the ensemble do at these positions; None where it has them not."""
+    found = None if subject.ensemble is None else subject.ensemble.at(rule.reference, case)
+    if found is None or not places or places[-1] >= len(found.truth):
+        return None
+    return found if len(places) == len(found.truth) else found.select(list(places))
+
+
 def judge_point(
-    subject: Subject, rule: Rule, measured: Measurement, noise: Noise, *, policy: Policy | None = None
+    subject: Subject,
+    rule: Rule,
+    measured: Measurement,
+    noise: Noise,
+    *,
+    draws: PointDraws | None = None,
+    policy: Policy | None = None,
 ) -> Judged:
-    """The floor's verdict on a point; a twin's luck with few numbers is evened out by its neighbours."""
+    """The floor's verdict on a point; a lone twin's luck with few numbers is evened out by its neighbours."""
     dtype = subject.candidate.point(rule.candidate).dtype
-    factor = FACTOR if policy is None or policy.factor is None else policy.factor
+    usual = FACTOR if draws is None else DRAWN_FACTOR
+    factor = usual if policy is None or policy.factor is None else policy.factor
     note = "" if policy is None else policy.note
+    if draws is not None:
+        return judge_floor(measured, noise, dtype=dtype, factor=factor, note=note, draws=draws, luck=subject.luck)
     judged = judge_floor(measured, noise, dtype=dtype, factor=factor, note=note)
     many = noise.even_rows * noise.even_channels >= FEW and noise.twin.whole
     if judged.verdict == "pass" or judged.metric == "nonfinite_mismatch" or many:

@@ -8,7 +8,7 @@ import msgspec
 
 from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.checks.base import Subject
-from paritykit.checks.floors import FloorMeter, judge_point, name_reference
+from paritykit.checks.floors import FloorMeter, drawn_at, judge_point, name_reference
 from paritykit.checks.routing import find_flips
 from paritykit.comparison.align import pairs, shared_places
 from paritykit.comparison.floor import Judged
@@ -65,8 +65,10 @@ def _measured(subject: Subject, rule: Rule, case: str, places: list[int], *, che
         meter.update(left, right)
         floor.update(position, left, right)
     measured, noise = meter.result(), floor.result()
-    ruled = allowed if noise is None else judge_point(subject, rule, measured, noise, policy=policy)
-    if depth is not None and isinstance(ruled, Judged) and ruled.verdict == "pass":
+    draws = drawn_at(subject, rule, case, places)
+    ruled = allowed if noise is None else judge_point(subject, rule, measured, noise, draws=draws, policy=policy)
+    drawn = subject.local and draws is not None
+    if depth is not None and not drawn and isinstance(ruled, Judged) and ruled.verdict == "pass":
         table = msgspec.structs.replace(allowed, source=f"fallback table, {coarser(dtypes)}, {depth} points on")
         ruled, noise = (table, None) if judge(measured, table)[0] == "fail" else (ruled, noise)
     finding = finding_from(

@@ -33,24 +33,27 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from paritykit.comparison.drawn import drawn_guards
+from paritykit.comparison.ensemble import PointDraws
+from paritykit.comparison.guard import (
+    CHANNEL_DEGREES,
+    DEGREES,
+    LEAST_PART,
+    LEAST_SCALE,
+    PEAKED,
+    Guard,
+)
 from paritykit.comparison.measurement import Measurement
 from paritykit.comparison.noise import Noise, Spread
 from paritykit.comparison.tolerance import ROUNDING
 from paritykit.results import Verdict
 
 FACTOR = 2.0
+DRAWN_FACTOR = 1.5
+"""How many times what draws do is allowed, beside chance: see ``benchmarks/floor_calibration.py``."""
 SCALE = 2.0
 """A constant factor is one number, for which ``LEAST_SCALE`` allows chance; so many times more is allowed beyond it."""
 SIGMAS = 5.0
-DEGREES = 25
-CHANNEL_DEGREES = 64
-"""Independent numbers among the channels, at most: projections on channels scatter less than rows do."""
-PEAKED = 3.0
-"""Squares of a few random numbers are as uneven as if they were three times fewer."""
-LEAST_PART = 0.1
-"""A systematic part of the error is held against this share of the whole at least: kernels have a bent of their own."""
-LEAST_SCALE = 0.025, 5.0
-"""A constant factor: against this share of the whole, or this many standard errors, at least."""
 ULPS = 2.0
 """Where the reference has no noise, a candidate may be off by as many units in the last place."""
 
@@ -73,15 +76,6 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
 
 
-class Guard(msgspec.Struct, frozen=True):
-    """One number of the candidate's, the twin's, and how many times that is allowed at factor 1."""
-
-    metric: str
-    value: float
-    floor: float
-    chance: float
-
-
 def judge_floor(
     measured: Measurement,
     noise: Noise,
@@ -90,8 +84,13 @@ def judge_floor(
     factor: float = FACTOR,
     pooled: float = 0.0,
     note: str = "",
+    draws: PointDraws | None = None,
+    luck: float = 0.0,
 ) -> Judged:
     """Whether the candidate is as near the truth as the twin is, within ``factor`` and chance.
+
+    With ``draws``, of the rows that were measured, as near as these are: a number of theirs is beyond its limit with
+    the chance ``luck``.
 
     ``dtype`` is what the candidate stores the point in: half a unit in its last place is the least floor there is.
     ``pooled`` is the noise floor of neighbouring points, for a twin that was lucky at this one; ``note`` says where
@@ -111,9 +110,13 @@ def judge_floor(
     if not noise.twin.whole and not pooled:
         return _exact(measured, dtype)
     least = max(half_ulp(dtype), pooled)
-    found = list(guards(noise, least=least))
-    worst = max(found, key=_beyond)
-    failed = not _beyond(worst) <= factor
+    drawn = draws is not None and bool(draws.whole.any())
+    if draws is not None and drawn:
+        found = list(drawn_guards(noise, draws, least=half_ulp(dtype), chance=luck))
+    else:
+        found = list(guards(noise, least=least))
+    worst = max(found, key=lambda g: g.beyond)
+    failed = not worst.beyond <= factor
     shown = worst if failed else found[0]
     return Judged(
         verdict="fail" if failed else "pass",
@@ -121,9 +124,13 @@ def judge_floor(
         value=shown.value,
         allowed=factor * shown.chance * shown.floor,
         floor=shown.floor,
-        source=_source(shown, factor=factor, lifted=least > noise.twin.whole, pooled=pooled)
+        source=(
+            _drawn_source(shown, factor=factor)
+            if drawn
+            else _source(shown, factor=factor, lifted=least > noise.twin.whole, pooled=pooled)
+        )
         + (f"; {note}" if note else ""),
-        needed=_beyond(worst) if math.isfinite(_beyond(worst)) else None,
+        needed=worst.beyond if math.isfinite(worst.beyond) else None,
         factor=factor,
         dtype=dtype,
     )
@@ -193,12 +200,6 @@ def beyond_floor(noise: Noise, *, dtype: str, factor: float = FACTOR) -> list[bo
     return [not c <= factor * max(w, least) for c, w in zip(noise.candidate.row, noise.twin.row, strict=True)]
 
 
-def _beyond(guard: Guard) -> float:
-    """The factor at which a guard is just kept."""
-    allowed = guard.chance * guard.floor
-    return guard.value / allowed if allowed else (math.inf if guard.value else 0.0)
-
-
 def _exact(measured: Measurement, dtype: str) -> Judged:
     """A point where the reference makes no error: so may a candidate not, but for a few units in the last place."""
     limit = 2 * half_ulp(dtype)
@@ -211,6 +212,10 @@ def _exact(measured: Measurement, dtype: str) -> Judged:
     metric, value, allowed = numbers
     verdict: Verdict = "fail" if failed else "pass"
     return Judged(verdict=verdict, metric=metric, value=value, allowed=allowed, floor=0.0, source=source, dtype=dtype)
+
+
+def _drawn_source(guard: Guard, *, factor: float) -> str:
+    return f"{factor:g} x noise floor of the draws, {guard.chance:.2g} x for chance"
 
 
 def _source(guard: Guard, *, factor: float, lifted: bool, pooled: float) -> str:

@@ -8,6 +8,11 @@ from array import array
 import msgspec
 import numpy as np
 
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+LEAST_ROW, LEAST_CHANNEL = 0.1, 0.5
+"""A row or channel smaller than this share of the median one is measured at that share of it. Channels of activations
+may be zero in all rows but one, and have then the noise of one row beside the size of one."""
+
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """One side's error ``e`` against the truth ``t``, ``[rows, features]``; all shares are of the truth's norm.
@@ -85,6 +90,20 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
             "typical_ratio": self.typical_ratio,
             "overlap": self.overlap,
         }
+
+
+def share_of(dots: Floats, over: Floats) -> float:
+    """The norm of a projection on directions of squared length ``over``."""
+    found = np.divide(dots**2, over, out=np.zeros_like(dots), where=over > 0)
+    return math.sqrt(float(found.sum()))
+
+
+def scales_of(squares: Floats, *, least: float) -> Floats:
+    """What errors of rows or channels are held against: their truth's norm, or ``least`` of the median one's."""
+    sizes = np.sqrt(squares)
+    median = float(np.median(sizes[sizes > 0])) if sizes.any() else 1 / least
+    found: Floats = np.maximum(sizes, least * median)
+    return found
 
 
 def divide(value: float, over: float, *, empty: float = 1.0) -> float:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from paritykit.comparison.tile import Floats
+from paritykit.comparison.noise import Floats
 
 
 class Nonfinite(NamedTuple):

@@ -11,34 +11,28 @@ import numpy as np
 import torch
 
 from paritykit.comparison.lanes import run_lanes
-from paritykit.comparison.noise import Noise, Spread
+from paritykit.comparison.noise import LEAST_CHANNEL, LEAST_ROW, Floats, Noise, Spread, scales_of, share_of
 from paritykit.comparison.precision import shared_precision
-from paritykit.comparison.tile import Floats
 
 STRETCH = 1 << 17
 """Elements of a tile on CPU: three tensors and two scratch rooms of it stay in the cache."""
 DEVICE_TILE = 1 << 24
 TRUSTED = 1e-26
 """A row's sum of squares below it may have lost terms that are no float32."""
-LEAST_ROW, LEAST_CHANNEL = 0.1, 0.5
-"""A row or channel smaller than this share of the median one is measured at that share of it. Channels of activations
-may be zero in all rows but one, and have then the noise of one row beside the size of one."""
 
 
 class SpreadMeter:
     """Measures truth, twin and candidate fed span by span; what was fed before counts on."""
 
     def __init__(self) -> None:
-        self._found: list[_Sums] = []
+        self._found: list[Sums] = []
 
     def update(self, truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor) -> None:
         """Measure more rows, ``[rows, features]`` each, of any real dtypes. Raises ValueError for other shapes."""
         if truth.ndim != 2 or not truth.shape == twin.shape == candidate.shape:
             shapes = ", ".join(str(list(x.shape)) for x in (truth, twin, candidate))
             raise ValueError(f"truth, twin and candidate must be [rows, features] of one shape, not {shapes}")
-        parts = _parts(truth)
-        if parts:
-            self._found += run_lanes([partial(_sums, truth[p], twin[p], candidate[p]) for p in parts])
+        self._found += sums_of(truth, twin, candidate)
 
     def result(self) -> Noise:
         """What is known of everything fed so far. Raises ValueError where not one element was fed."""
@@ -49,7 +43,7 @@ class SpreadMeter:
         return _noise(np.concatenate([s.rows for s in found], axis=1), columns)
 
 
-class _Sums:
+class Sums:
     """Sums over some rows, and for each row: the truth's squares, then for twin and candidate squares of the error and
     its dots with the truth. ``columns`` also hold, last for each side, plain sums of the error.
     """
@@ -59,9 +53,15 @@ class _Sums:
         self.columns: Floats = np.zeros((7, width))
 
 
+def sums_of(truth: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> list[Sums]:
+    """The sums of two sides against the truth, ``[rows, features]`` each, part of the rows by part."""
+    parts = _parts(truth)
+    return run_lanes([partial(_sums, truth[p], left[p], right[p]) for p in parts]) if parts else []
+
+
 @torch.inference_mode()
-def _sums(truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor) -> _Sums:
-    found = _Sums(*truth.shape)
+def _sums(truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor) -> Sums:
+    found = Sums(*truth.shape)
     narrow = all(shared_precision(truth.dtype, x.dtype).work == torch.float32 for x in (twin, candidate))
     desk = _Desk(torch.float32 if narrow else torch.float64, truth.device)
     for row, column in _tiles(truth):
@@ -168,26 +168,18 @@ def _spread(truth: Floats, squares: Floats, dots: Floats, channels: Floats, erro
     return Spread(
         whole=math.sqrt(error) / size,
         scale=float(dots.sum()) / total if total else 0.0,
-        row_scale=_share(dots, truth) / size,
-        channel_scale=_share(errors[1], channels) / size,
-        channel_bias=_share(errors[2], np.full(len(channels), float(len(truth)))) / size,
+        row_scale=share_of(dots, truth) / size,
+        channel_scale=share_of(errors[1], channels) / size,
+        channel_bias=share_of(errors[2], np.full(len(channels), float(len(truth)))) / size,
         sigma=math.sqrt(variance * count) / size,
         row=_relative(squares, truth, least=LEAST_ROW),
         channel=_relative(errors[0], channels, least=LEAST_CHANNEL),
     )
 
 
-def _share(dots: Floats, over: Floats) -> float:
-    """The norm of a projection on directions of squared length ``over``."""
-    found = np.divide(dots**2, over, out=np.zeros_like(dots), where=over > 0)
-    return math.sqrt(float(found.sum()))
-
-
 def _relative(squares: Floats, truth: Floats, *, least: float) -> array[float]:
     """Errors of rows or channels at their own scale."""
-    sizes = np.sqrt(truth)
-    median = float(np.median(sizes[sizes > 0])) if sizes.any() else 1 / least
-    return array("d", (np.sqrt(squares) / np.maximum(sizes, least * median)).tobytes())
+    return array("d", (np.sqrt(squares) / scales_of(truth, least=least)).tobytes())
 
 
 def _evenness(energies: Floats) -> float:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from paritykit.comparison.noise import Floats
 from paritykit.comparison.precision import Precision
-
-Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class Tile(NamedTuple):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from paritykit.comparison.measurement import Measurement
+from paritykit.comparison.noise import Floats
 from paritykit.comparison.nonfinite import Nonfinite
-from paritykit.comparison.tile import Floats, Tile
+from paritykit.comparison.tile import Tile
 
 
 class Totals:

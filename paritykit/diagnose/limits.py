@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from paritykit.comparison.floor import DEGREES, FACTOR, chance, half_ulp
+from paritykit.comparison.floor import FACTOR, chance, half_ulp
+from paritykit.comparison.guard import DEGREES
 from paritykit.comparison.tolerance import POSITION_FACTOR, Tolerance, coarser, fallback
 from paritykit.results import Finding
 

@@ -17,7 +17,8 @@ import torch
 from paritykit.captures.manifest import CACHE_PORTS, Manifest, Point, leading_points, point_key
 from paritykit.captures.reader import Capture
 from paritykit.comparison.align import own_rows, pairs
-from paritykit.comparison.floor import DEGREES, chance
+from paritykit.comparison.floor import chance
+from paritykit.comparison.guard import DEGREES
 from paritykit.comparison.judge import ranges
 from paritykit.comparison.routing import chosen_experts, find_routers
 from paritykit.diagnose.limits import allowed_of, floor_of

@@ -25,7 +25,8 @@ from functools import cached_property
 
 import torch
 
-from paritykit.comparison.floor import DEGREES, FACTOR
+from paritykit.comparison.floor import FACTOR
+from paritykit.comparison.guard import DEGREES
 from paritykit.diagnose.scene import Scene
 
 Predict = Callable[[str], torch.Tensor]

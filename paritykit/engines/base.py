@@ -26,6 +26,7 @@ CAPABILITIES = {
     "batch_invariant": "promises the same bits for a case alone and in a batch",
     "poison": "has ``poison_cache(value)``, which fills the whole KV cache between runs",
     "cache_digest": "watches its cache in the run after ``poison_cache``; fact ``cache`` of its capture: a ``Watched``",
+    "draw": "has ``draw``, which runs cases with their rounding drawn anew and measures them: see ``HFEngine``",
     "replay": "its ``run`` takes ``feed``, a ``paritykit.captures.feed.Feed`` that it carries out",
     "ledger": "has ``ledger() -> list[RankLedger]``, where its loader put every weight on each rank as it was opened",
 }

@@ -166,7 +166,7 @@ def _download(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise UsageError(f"no such folder: {model}")
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{model!r} is neither a folder nor a hub model that can be reached: {reason}") from error

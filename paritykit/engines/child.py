@@ -24,6 +24,7 @@ from paritykit.engines.messages import (
     CallFunction,
     Close,
     Done,
+    DrawRounding,
     Failed,
     Open,
     Order,
@@ -87,26 +88,43 @@ class _Host:
         if isinstance(order, Close):
             self.close()
             return Done()
+        self._use(order)
+        return Done()
+
+    def _use(self, order: Order) -> None:
+        """Carry out an order to the engine that is open."""
         if isinstance(order, ReadLedger):
             Path(order.out).write_bytes(msgspec.json.encode(self._engine.ledger()))
-            return Done()
-        if isinstance(order, PoisonCache):
+        elif isinstance(order, PoisonCache):
             self._engine.poison_cache(order.value)
-            return Done()
-        if isinstance(order, CallFunction):
+        elif isinstance(order, CallFunction):
             if not hasattr(self._engine, "call"):
                 raise UsageError(f"{type(self._engine).__name__} calls no functions in its workers; nano and vllm do")
             self._engine.call(order.target, order.arguments, host=order.host)
-            return Done()
-        return self._run(order)
+        elif isinstance(order, DrawRounding):
+            self._draw(order)
+        elif isinstance(order, RunCases):
+            self._run(order)
 
-    def _run(self, order: RunCases) -> Answer:
-        def progress(what: str, done: int, total: int) -> None:
-            self._say(Working(what, done, total))
+    def _draw(self, order: DrawRounding) -> None:
+        self._engine.draw(
+            order.cases,
+            truth=Path(order.truth),
+            out=Path(order.out),
+            draws=order.draws,
+            seed=order.seed,
+            progress=self._progress,
+            feed=order.feed,
+        )
 
+    def _run(self, order: RunCases) -> None:
         fed = {} if order.feed is None else {"feed": order.feed}
-        self._engine.run(order.cases, points=Selection(order.points), out=Path(order.out), progress=progress, **fed)
-        return Done()
+        self._engine.run(
+            order.cases, points=Selection(order.points), out=Path(order.out), progress=self._progress, **fed
+        )
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        self._say(Working(what, done, total))
 
     def _say(self, answer: Answer) -> None:
         self._answers.send_bytes(encode(answer))

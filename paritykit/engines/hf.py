@@ -27,11 +27,14 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Recorder, Selection
 from paritykit.captures.writer import CaptureFolder, PartWriter
 from paritykit.case import Case
+from paritykit.comparison.ensemble import Ensemble
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.drawing import Drawing
 from paritykit.engines.dtypes import parse_dtype
 from paritykit.engines.features import experts_chosen, feature_axes, parameter_names
 from paritykit.engines.kv import CacheReading
+from paritykit.engines.redraw import Redrawing
 from paritykit.engines.truth import check_wide, let_run, prove_wide, round_weights
 from paritykit.engines.widen import widened
 from paritykit.errors import EngineError, UsageError
@@ -57,7 +60,7 @@ class HFEngine:
     or works in fewer bits all the same.
     """
 
-    capabilities = frozenset({"logits", "decode", "replay", "teacher_forcing"})
+    capabilities = frozenset({"decode", "draw", "logits", "replay", "teacher_forcing"})
 
     def __init__(
         self,
@@ -131,6 +134,31 @@ class HFEngine:
             if self._widen:
                 check_wide(written.points)
             return Capture.open(folder.commit(manifest, [written]), verify=False)
+
+    def draw(
+        self,
+        cases: list[Case],
+        *,
+        truth: Path,
+        out: Path,
+        draws: int,
+        seed: int,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Ensemble:
+        """Run ``draws`` copies of each case, each copy's rounding drawn anew, and measure them against a capture.
+
+        ``cases`` are read at once, to their last forced token; ``truth`` is a capture of them. The ensemble goes into
+        the new folder ``out``. With ``feed`` modules go on with the truth's values, as in ``run``. The same ``seed``
+        gives the same.
+        """
+        capture, redrawing = Capture.open(truth, verify=False), Redrawing(seed)
+        drawing = Drawing(self._model, capture, draws=draws, vocabulary=self.checkpoint.vocab_size)
+        with torch.no_grad(), self._precision(), redrawing, quiet():
+            writer = drawing.run(cases, feeder=make_feeder(feed, cases), progress=progress)
+        out.mkdir(parents=True)
+        writer.write(out, draws=draws, seed=seed, dtype=str(self._dtype).removeprefix("torch."))
+        return Ensemble.open(out)
 
     def describe(self) -> Side:
         """Versions, dtype and attention of the loaded model."""

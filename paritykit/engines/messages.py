@@ -28,6 +28,20 @@ class RunCases(msgspec.Struct, tag=True):
     feed: Feed | None = None
 
 
+class DrawRounding(msgspec.Struct, tag=True):
+    """Run ``draws`` copies of cases with their rounding drawn anew, and measure them against the capture ``truth``.
+
+    The ensemble goes into folder ``out``; with ``feed``, the copies are fed so.
+    """
+
+    cases: list[Case]
+    truth: str
+    out: str
+    draws: int
+    seed: int
+    feed: Feed | None = None
+
+
 class ReadLedger(msgspec.Struct, tag=True):
     """Write the ledger of every rank into file ``out``, as JSON."""
 
@@ -75,7 +89,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Order = Open | RunCases | ReadLedger | PoisonCache | CallFunction | Close
+Order = Open | RunCases | DrawRounding | ReadLedger | PoisonCache | CallFunction | Close
 Answer = Done | Working | Failed
 
 encode = msgspec.msgpack.encode

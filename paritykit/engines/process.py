@@ -20,6 +20,7 @@ from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.ensemble import Ensemble
 from paritykit.engines.base import Progress
 from paritykit.engines.group import end_group
 from paritykit.engines.messages import (
@@ -27,6 +28,7 @@ from paritykit.engines.messages import (
     CallFunction,
     Close,
     Done,
+    DrawRounding,
     Failed,
     Open,
     Order,
@@ -212,6 +214,22 @@ class ProcessEngine:
             for left in out.parent.glob(f".{out.name}.*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
         return Capture.open(out)
+
+    def draw(
+        self,
+        cases: list[Case],
+        *,
+        truth: Path,
+        out: Path,
+        draws: int,
+        seed: int,
+        progress: Progress | None = None,
+        feed: Feed | None = None,
+    ) -> Ensemble:
+        """See ``HFEngine.draw``: an engine that is capable of ``draw`` has it."""
+        order = DrawRounding(cases, str(truth.absolute()), str(out.absolute()), draws, seed, feed)
+        self.host.ask(order, progress=progress)
+        return Ensemble.open(out)
 
     def ledger(self) -> list[RankLedger]:
         """See ``Engine.ledger``; handed over as a file."""

@@ -19,6 +19,8 @@ from paritykit.options import read_value
 from paritykit.testing.families import tiny_config
 
 TINY = "tiny:"
+REAL = "real:"
+"""How the name of a trained model begins; see ``paritykit.testing.real``."""
 FIELD = re.compile(r"[a-z_]\w*(\.[a-z_]\w*)*", re.IGNORECASE)
 WORD = re.compile(r"[\w.+-]+")
 OWN = ("seed", "dtype")
@@ -85,7 +87,18 @@ def read_name(name: str) -> tuple[str, dict[str, Any]]:
     """
     if not name.startswith(TINY):
         raise UsageError(f"{name!r} is not the name of a tiny model: it does not begin with {TINY!r}")
-    family, *pairs = name.removeprefix(TINY).split(",")
+    family, fields = split_name(name, prefix=TINY)
+    _check(family, fields)
+    return family, fields
+
+
+def split_name(name: str, *, prefix: str) -> tuple[str, dict[str, Any]]:
+    """What stands behind ``prefix`` before the first comma, and the fields behind it. Raises UsageError.
+
+    >>> split_name("real:smollm2,family=mistral", prefix="real:")
+    ('smollm2', {'family': 'mistral'})
+    """
+    first, *pairs = name.removeprefix(prefix).split(",")
     fields: dict[str, Any] = {}
     for pair in pairs:
         field, _, text = pair.partition("=")
@@ -94,8 +107,7 @@ def read_name(name: str) -> tuple[str, dict[str, Any]]:
         if field in fields:
             raise UsageError(f"{name!r}: {field} is set twice")
         fields[field] = _read(text)
-    _check(family, fields)
-    return family, fields
+    return first, fields
 
 
 def spell_name(family: str, fields: Mapping[str, Any]) -> str:

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from huggingface_hub import cached_assets_path
 from huggingface_hub.errors import StrictDataclassError
 
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.families import find_family, tiny_config
-from paritykit.testing.folders import empty_folder, is_complete, publish
+from paritykit.testing.folders import empty_folder, is_complete, kept_folder, no_progress_bar, publish
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +56,7 @@ def tiny_model(
         raise UnknownNameError("tiny model dtype", dtype, DTYPES)
     config = tiny_config(family, **overrides)
     try:
-        target = _cache_folder(family, config, seed, dtype) if path is None else empty_folder(Path(path))
+        target = _cache_folder(family, config, seed, dtype) if path is None else empty_folder(path)
         if not is_complete(target):
             publish(target, lambda folder: _build(family, config, folder, seed=seed, dtype=dtype))
     except OSError as error:
@@ -73,8 +69,7 @@ def _cache_folder(family: str, config: dict[str, Any], seed: int, dtype: str) ->
         recipe = [RECIPE, version("transformers"), msgspec.to_builtins(find_family(family)), seed, dtype, config]
     except PackageNotFoundError as error:
         raise EngineMissingError("tiny models need transformers: pip install 'paritykit[hf]'") from error
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    return cached_assets_path("paritykit", namespace="tiny", subfolder=f"{family}-{digest}")
+    return kept_folder("tiny", family, recipe)
 
 
 def _build(family: str, fields: dict[str, Any], folder: Path, *, seed: int, dtype: str) -> None:
@@ -87,20 +82,6 @@ def _build(family: str, fields: dict[str, Any], folder: Path, *, seed: int, dtyp
         _fill(parameter, name, module=module, scale=_scale(family, name, module, model.config), seed=seed)
     with no_progress_bar():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Transformers writes no progress bar inside the block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _check_fields(family: str, fields: dict[str, Any]) -> dict[str, Any]:

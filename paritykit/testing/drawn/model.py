@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import cached_assets_path
 
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.drawn.catalogue import class_names, config_class, is_plain
@@ -18,8 +15,8 @@ from paritykit.testing.drawn.roles import Sizes
 from paritykit.testing.drawn.search import find_working
 from paritykit.testing.drawn.switches import draw_switches
 from paritykit.testing.drawn.trying import STAGES, Tried, try_fields
-from paritykit.testing.folders import empty_folder, is_complete, publish
-from paritykit.testing.tiny import DTYPES, no_progress_bar
+from paritykit.testing.folders import empty_folder, is_complete, kept_folder, no_progress_bar, publish
+from paritykit.testing.tiny import DTYPES
 
 RECIPE = 1
 """Version of the way models are drawn; part of the cache key."""
@@ -80,8 +77,7 @@ def _cache_folder(model_type: str, seed: int, dtype: str) -> Path:
         recipe: list[Any] = [RECIPE, version("transformers"), model_type, seed, dtype]
     except PackageNotFoundError as error:
         raise EngineMissingError("drawn models need transformers: pip install 'paritykit[hf]'") from error
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    return cached_assets_path("paritykit", namespace="drawn", subfolder=f"{model_type}-{digest}")
+    return kept_folder("drawn", model_type, recipe)
 
 
 def _build(model_type: str, folder: Path, *, seed: int, dtype: str) -> None:

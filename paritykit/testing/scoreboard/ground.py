@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
 from paritykit.engines.process import HostPool, ProcessEngine
-from paritykit.reference import ABOVE
+from paritykit.reference import ABOVE, DRAWS, SEED
 
 ROOM = 3
 """Engines in this process that stay open; in another process it is one for each number of ranks."""
@@ -27,11 +29,16 @@ KEPT = 16
 
 @dataclass(frozen=True)
 class Sides:
-    """The reference twice, as truth and as twin, and the ``cases`` that a candidate is to run: fed what truth chose."""
+    """The reference as truth, twin and ensemble, and the ``cases`` that a candidate is to run: fed what truth chose.
+
+    ``draw`` runs draws of the twin's rounding that are fed the truth's values.
+    """
 
     truth: Capture
     twin: Capture
+    ensemble: Ensemble
     cases: list[Case]
+    draw: Draw
 
 
 @dataclass
@@ -91,10 +98,19 @@ class Ground:
             while len(self._sides) >= self.kept:
                 old = self._sides.pop(next(iter(self._sides)))
                 self.drop(old.truth, old.twin)
-            truth = self._reference(model, cases, dtype=ABOVE[dtype], weights_dtype=dtype)
+                self.remove(old.ensemble.path)
+            with self._reference(model, dtype=ABOVE[dtype], weights_dtype=dtype) as engine:
+                truth = self.run(engine, cases)
             todo = fed(truth)
-            twin = self._reference(model, [*todo, *read_at_once(todo)], dtype=dtype)
-            self._sides[key] = Sides(truth, twin, todo)
+            with self._reference(model, dtype=dtype) as engine:
+                twin = self.run(engine, [*todo, *read_at_once(todo)])
+                ensemble = self._draw(engine, todo, truth)
+
+            def draw(feed: Feed, names: list[str]) -> Ensemble:
+                some = [c for c in todo if c.id in names]
+                return self._draw(self.engine("hf", model, dtype=dtype), some, truth, feed=feed)
+
+            self._sides[key] = Sides(truth, twin, ensemble, todo, draw)
         return self._sides[key]
 
     def scratch(self) -> Path:
@@ -118,11 +134,16 @@ class Ground:
                 engine.close()
         self.hosts.stop()
 
-    def _reference(self, model: Path, cases: list[Case], **arguments: Any) -> Capture:
+    def _draw(self, engine: Any, cases: list[Case], truth: Capture, *, feed: Feed | None = None) -> Ensemble:
+        found: Ensemble = engine.draw(cases, truth=truth.path, out=self.scratch(), draws=DRAWS, seed=SEED, feed=feed)
+        return found
+
+    @contextlib.contextmanager
+    def _reference(self, model: Path, **arguments: Any) -> Iterator[HFEngine]:
         engine = HFEngine(str(model), **arguments)
         engine.open()
         try:
-            return self.run(engine, cases)
+            yield engine
         finally:
             engine.close()
 

@@ -143,5 +143,5 @@ def _sides(ground: Ground, trial: Trial) -> Sides:
 
 
 def _ratio(candidate: Capture, sides: Sides, wanted: str) -> float | None:
-    subject = subject_of(sides.truth, sides.twin, candidate)
+    subject = subject_of(sides.truth, sides.twin, candidate, ensemble=sides.ensemble)
     return ratio_at(subject, shown(wanted, {r.reference for r in subject.mapping.rules}))

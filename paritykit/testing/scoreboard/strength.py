@@ -8,6 +8,7 @@ from collections.abc import Callable
 from paritykit.captures.reader import Capture
 from paritykit.checks.base import LOGITS, Subject
 from paritykit.checks.measured import measure_point
+from paritykit.comparison.ensemble import Ensemble
 from paritykit.comparison.floor import half_ulp
 from paritykit.results import Finding
 
@@ -92,9 +93,9 @@ def _second(tried: list[tuple[float, float]], above: tuple[float, float]) -> tup
     return min((t for t in tried if t[0] > above[0]), default=None)
 
 
-def subject_of(truth: Capture, twin: Capture, candidate: Capture) -> Subject:
+def subject_of(truth: Capture, twin: Capture, candidate: Capture, *, ensemble: Ensemble | None = None) -> Subject:
     """The captures as checks look at them, by the noise floor alone."""
     from paritykit.mapping.build import build_mapping
 
     mapping = build_mapping(truth.manifest, candidate.manifest)
-    return Subject(reference=truth, candidate=candidate, mapping=mapping, twin=twin)
+    return Subject(reference=truth, candidate=candidate, mapping=mapping, twin=twin, ensemble=ensemble)

@@ -43,6 +43,8 @@ def compare(sides: Sides, candidate: Capture, engine: Any) -> Results:
         sides.truth,
         candidate,
         twin=sides.twin,
+        ensemble=sides.ensemble,
+        draw=sides.draw,
         checks=captured(sides.cases),
         config=load_config({}, environ={}),
         engine=Held(engine),

@@ -1,0 +1,112 @@
+"""Guards from an ensemble: each number of a candidate's beside what the same number is over the draws.
+
+The logarithm of such a number is taken to be normal over legitimate ways to compute. Its mean is that of the draws. Its
+variance is estimated from few draws, so it is moderated by one that is known before (``PRIOR`` degrees of freedom), as
+is done where many variances are estimated from few numbers each (Smyth, 2004, doi 10.2202/1544-6115.1027). A new number
+is then beyond ``mean + t * spread`` with the chance that Student's ``t`` was chosen for. A signed factor has no
+logarithm: its square's mean takes the variance's place. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import NormalDist
+
+import numpy as np
+
+from paritykit.comparison.ensemble import PointDraws
+from paritykit.comparison.guard import CHANNEL_DEGREES, DEGREES, LEAST_PART, LEAST_SCALE, PEAKED, Guard
+from paritykit.comparison.noise import Floats, Noise
+
+PRIOR = 10.0
+"""Degrees of freedom of the variance that is known before: see ``benchmarks/floor_calibration.py``."""
+GUARDS = 8
+RUN_CHANCE = 1e-4
+"""Chance that any number of a whole run is beyond its limit though all is computed rightly."""
+
+
+def quantile(chance: float, degrees: float) -> float:
+    """How many spreads a new number is beyond the mean with this chance, one-sided: Student's t.
+
+    By Wallace's approximation to the normal (1959, doi 10.1214/aoms/1177706199), within 1 % here.
+
+    >>> round(quantile(0.001, 10), 1), round(quantile(1e-8, 17), 1)
+    (4.1, 9.2)
+    """
+    z = NormalDist().inv_cdf(1 - max(chance, 1e-15)) * (8 * degrees + 3) / (8 * degrees + 1)
+    return math.sqrt(degrees * math.expm1(z * z / degrees))
+
+
+def each_chance(comparisons: int) -> float:
+    """The chance that is left to each number of a run with so many points and cases."""
+    return RUN_CHANCE / (GUARDS * max(comparisons, 1))
+
+
+def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float) -> Iterator[Guard]:
+    """Every number that is judged, ``rel_l2`` first; ``least`` is the smallest noise floor to go by."""
+    candidate, typical = noise.candidate, np.maximum(draws.whole, least)
+    whole = _mean(typical)
+    rows, channels = noise.even_rows, noise.even_channels
+    wide, tall = min(PEAKED * channels, noise.features, DEGREES), min(rows, DEGREES)
+    yield _guard("rel_l2", candidate.whole, typical, numbers=rows * wide, chance=chance)
+    logs = np.log(np.maximum(draws.row, least)).mean(1)
+    ours = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
+    yield _guard("typical_rel_l2", ours, np.exp(logs), numbers=noise.rows * wide, chance=chance)
+    yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=wide, chance=chance)
+    floors = np.maximum(draws.channel, max(float(np.median(draws.channel)), least))
+    yield _worst("channel_rel_l2", np.asarray(candidate.channel), floors, draws.numbers[0], numbers=tall, chance=chance)
+    for metric, found, numbers, share in (
+        ("row_scale", draws.row_scale, rows, 1 / math.sqrt(channels)),
+        ("channel_scale", draws.numbers[1], min(channels, CHANNEL_DEGREES), 1 / math.sqrt(rows)),
+        ("channel_bias", draws.numbers[2], min(channels, CHANNEL_DEGREES), 1 / math.sqrt(rows)),
+    ):
+        floor = np.maximum(found, max(share, LEAST_PART) * whole)
+        yield _guard(metric, getattr(candidate, metric), floor, numbers=numbers, chance=chance)
+    share = max(LEAST_SCALE[0], LEAST_SCALE[1] / math.sqrt(rows * channels))
+    yield _signed("scale", candidate.scale, draws.scale, prior=share * whole, chance=chance)
+
+
+def _guard(metric: str, value: float, drawn: Floats, *, numbers: float, chance: float) -> Guard:
+    return Guard(metric, value, _mean(drawn), _beyond(np.log(drawn), numbers=numbers, chance=chance))
+
+
+def _beyond(logs: Floats, *, numbers: float, chance: float) -> float:
+    """How many times the typical number is allowed, from the logarithms of those drawn."""
+    count = len(logs)
+    variance = (PRIOR / max(numbers, 1.0) + float(((logs - logs.mean()) ** 2).sum())) / (PRIOR + count - 1)
+    return math.exp(quantile(chance, PRIOR + count - 1) * math.sqrt(variance * (1 + 1 / count)))
+
+
+def _worst_row(ours: Floats, drawn: Floats, *, least: float, numbers: float, chance: float) -> Guard:
+    """The row furthest beyond what the draws do there; each draw is held against the others in the same way."""
+    logs = np.log(np.maximum(drawn, least))
+    count = len(logs)
+    worst = [float((own - _floors((logs.sum(0) - own) / (count - 1))).max()) for own in logs]
+    return _worst("position_rel_l2", ours, np.exp(_floors(logs.mean(0))), np.exp(worst), numbers=numbers, chance=chance)
+
+
+def _floors(logs: Floats) -> Floats:
+    """Of rows, in logarithms: no row's is below the median one's."""
+    found: Floats = np.maximum(logs, float(np.median(logs)))
+    return found
+
+
+def _worst(metric: str, ours: Floats, floors: Floats, worst: Floats, *, numbers: float, chance: float) -> Guard:
+    """``worst``: by how much each draw's worst row or channel is beyond what the others do there."""
+    at = int(np.argmax(ours / floors))
+    usual = np.maximum(worst, 1.0)
+    times = _mean(usual) * _beyond(np.log(usual), numbers=numbers, chance=chance)
+    return Guard(metric, float(ours[at]), float(floors[at]), times)
+
+
+def _signed(metric: str, value: float, drawn: Floats, *, prior: float, chance: float) -> Guard:
+    """A number that is about zero over the draws; ``prior`` is its spread as known before."""
+    count = len(drawn)
+    spread = math.sqrt((PRIOR * prior**2 + float((drawn**2).sum())) / (PRIOR + count))
+    return Guard(metric, abs(value), spread, quantile(chance / 2, PRIOR + count))
+
+
+def _mean(drawn: Floats) -> float:
+    """The geometric mean."""
+    return math.exp(float(np.log(drawn).mean()))

@@ -1,0 +1,183 @@
+"""The ensemble: roundings drawn anew, measured against the truth, and the guards made of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paritykit.comparison.drawn import drawn_guards, each_chance, quantile
+from paritykit.comparison.ensemble import Ensemble, EnsembleWriter, PointDraws
+from paritykit.comparison.floor import DRAWN_FACTOR, Judged, judge_floor
+from paritykit.comparison.metrics import measure
+from paritykit.comparison.spread import SpreadMeter
+from paritykit.engines.drawing import _joined, _measured
+from paritykit.engines.redraw import Redrawing
+from paritykit.errors import CaptureFormatError
+
+DRAWS, ROWS, FEATURES, FLOOR = 8, 60, 64, 1e-2
+LUCK = each_chance(2000)
+
+
+def sides(seed: int, *, rows: int = ROWS, features: int = FEATURES, sink: float = 1.0) -> list[torch.Tensor]:
+    """Truth, twin, candidate and all draws, with noise of one size, each row's in proportion to the row."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(rows, features, generator=generator)
+    truth[0] *= sink
+    size = truth.norm(dim=1, keepdim=True) / math.sqrt(features)
+    return [truth, *(truth + FLOOR * size * torch.randn(truth.shape, generator=generator) for _ in range(DRAWS + 2))]
+
+
+def drawn(truth: torch.Tensor, *copies: torch.Tensor) -> PointDraws:
+    return _joined(_measured(truth, torch.stack(copies)))
+
+
+def judged(truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor, draws: PointDraws) -> Judged:
+    meter = SpreadMeter()
+    meter.update(truth, twin, candidate)
+    return judge_floor(
+        measure(truth, candidate), meter.result(), dtype="float32", factor=DRAWN_FACTOR, draws=draws, luck=LUCK
+    )
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(2, 80), st.sampled_from([3, 16, 100]), st.sampled_from([1.0, 300.0]))
+def test_one_more_draw_passes_whatever_the_shape(seed: int, rows: int, features: int, sink: float) -> None:
+    truth, twin, candidate, *copies = sides(seed, rows=rows, features=features, sink=sink)
+    found = judged(truth, twin, candidate, drawn(truth, *copies))
+    assert found.verdict == "pass", found
+    assert "draws" in found.source
+
+
+@pytest.mark.parametrize("times", [2.0, 10.0])
+def test_a_larger_error_fails(times: float) -> None:
+    truth, twin, candidate, *copies = sides(1)
+    found = judged(truth, twin, truth + times * (candidate - truth), drawn(truth, *copies))
+    assert found.verdict == "fail"
+
+
+def test_one_wrong_row_and_one_wrong_channel_fail() -> None:
+    truth, twin, candidate, *copies = sides(2)
+    draws = drawn(truth, *copies)
+    row, channel = candidate.clone(), candidate.clone()
+    row[17] = truth[17] + 12 * (row[17] - truth[17])
+    channel[:, 5] = truth[:, 5] + 12 * (channel[:, 5] - truth[:, 5])
+    assert judged(truth, twin, row, draws).metric == "position_rel_l2"
+    assert judged(truth, twin, channel, draws).verdict == "fail"
+
+
+def test_a_token_whose_rounding_is_amplified_in_every_draw_is_no_failure() -> None:
+    truth, *rest = sides(3)
+    for tensor in rest:
+        tensor[9] = truth[9] + 40 * (tensor[9] - truth[9])
+    twin, candidate, *copies = rest
+    assert judged(truth, twin, candidate, drawn(truth, *copies)).verdict == "pass"
+    calm = [c.clone() for c in copies]
+    for one in calm:
+        one[9] = truth[9] + (one[9] - truth[9]) / 40
+    assert judged(truth, twin, candidate, drawn(truth, *calm)).verdict == "fail"
+
+
+def test_positions_can_be_picked() -> None:
+    truth, _, _, *copies = sides(4)
+    some = [3, 4, 30]
+    whole, part = drawn(truth, *copies), drawn(truth[some], *(c[some] for c in copies))
+    picked = whole.select(some)
+    for name in ("whole", "scale", "row_scale"):
+        assert getattr(picked, name) == pytest.approx(getattr(part, name), rel=1e-5, abs=1e-8)
+    assert picked.row == pytest.approx(part.row, rel=0.5)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    truth, _, _, *copies = sides(5)
+    found, writer = drawn(truth, *copies), EnsembleWriter()
+    writer.add(found, point="a", case="x", also=["b"])
+    writer.write(tmp_path, draws=DRAWS, seed=7, dtype="bfloat16")
+    ensemble = Ensemble.open(tmp_path)
+    again = ensemble.at("b", "x")
+    assert again is not None
+    assert again.squares == pytest.approx(found.squares)
+    assert again.channel == pytest.approx(found.channel, rel=1e-6)
+    assert ensemble.at("b", "y") is None
+    assert ensemble.draws == DRAWS
+    (tmp_path / "ensemble.json").write_text("{}")
+    with pytest.raises(CaptureFormatError, match="holds no ensemble"):
+        Ensemble.open(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_roundings_are_drawn_anew_and_as_large_as_they_are(dtype: torch.dtype) -> None:
+    """Of a stack of layers: each copy errs as much as a plain run does, and no two in the same way."""
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    layers = [nn.Linear(256, 256).to(dtype) for _ in range(4)]
+    x = torch.randn(1, 50, 256).to(dtype)
+
+    with torch.no_grad():
+        plain = _stack(layers, x)
+        with Redrawing(1):
+            found = _stack(layers, x.expand(8, -1, -1))
+        truth = _stack([copy.deepcopy(layer).to(wide) for layer in layers], x.to(wide))
+    error = [(c.to(wide) - truth[0]).norm() / truth.norm() for c in found]
+    own = (plain.to(wide) - truth).norm() / truth.norm()
+    assert all(0.7 * own < e < 1.7 * own for e in error)
+    assert len({float(e) for e in error}) == 8
+    assert found.dtype == dtype
+
+
+def _stack(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = torch.tanh(layer(x)) * 2
+    return x
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    layer, x = nn.Linear(64, 64), torch.randn(3, 64)
+    with torch.no_grad():
+        found = []
+        for seed in (1, 1, 2):
+            with Redrawing(seed):
+                found.append(layer(x))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_what_is_not_rounded_is_left_alone() -> None:
+    x, ids = torch.randn(5, 8), torch.tensor([1, 3])
+    with Redrawing(0):
+        assert torch.equal(nn.functional.embedding(ids, x), x[ids])
+        assert torch.equal(torch.cat([x, x])[5:], x)
+
+
+@given(st.floats(1e-12, 0.2), st.floats(3, 60))
+def test_quantiles_fall_with_the_chance_and_with_degrees(chance: float, degrees: float) -> None:
+    assert quantile(chance, degrees) >= quantile(chance * 2, degrees)
+    assert quantile(chance, degrees) >= quantile(chance, degrees + 5) - 1e-9
+
+
+def test_quantiles_are_students() -> None:
+    """Against tables of Student's t, one-sided."""
+    table = {(0.05, 10): 1.812, (0.001, 10): 4.144, (0.0005, 20): 3.850, (0.0005, 30): 3.646}
+    for (chance, degrees), value in table.items():
+        assert quantile(chance, degrees) == pytest.approx(value, rel=0.01)
+
+
+def test_each_chance_adds_up_to_that_of_a_run() -> None:
+    assert each_chance(1000) * 8 * 1000 == pytest.approx(1e-4)
+
+
+def test_guards_know_the_sign_of_nothing() -> None:
+    truth, twin, candidate, *copies = sides(6)
+    draws = drawn(truth, *copies)
+    meter = SpreadMeter()
+    meter.update(truth, twin, candidate)
+    found = {g.metric: g for g in drawn_guards(meter.result(), draws, least=0.0, chance=LUCK)}
+    assert len(found) == 8
+    assert all(np.isfinite(g.value) and g.floor > 0 and g.chance >= 1 for g in found.values())
