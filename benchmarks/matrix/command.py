@@ -35,6 +35,7 @@ DTYPES = ("float32", "bfloat16")
 @click.option("--no-run", is_flag=True, help="Write the page from what is there.")
 def matrix(**options: Any) -> None:
     """Run a clean pair of every architecture that transformers and vLLM both have."""
+    read_shard(options["shard"])
     classes, book, source = vllm_classes(), options["out"] / "rows.jsonl", digest_source()
     tasks = make_tasks(classes, options)
     if not options["no_run"]:
