@@ -53,7 +53,7 @@ class WarmHost(HostProcess):
         life_read, life_write = context.Pipe(duplex=False)
         self._lifeline = os.dup(life_write.fileno())
         log = tempfile.NamedTemporaryFile(prefix="paritykit-engine-")  # noqa: SIM115  (closed by kill)
-        self._log = log  # type: ignore[assignment]
+        self._log = log
         process = context.Process(target=serve, args=(order_read, answer_write, life_read, log.name), daemon=False)
         process.start()
         self._process = Forked(process)  # type: ignore[assignment]

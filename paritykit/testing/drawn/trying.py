@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,9 @@ class Tried:
 
 
 def make_config(model_type: str, fields: dict[str, Any]) -> Any:
-    """The config of these fields; tables for parts of it."""
-    return config_class(model_type)(**fields)
+    """The config of these fields, tables for parts of it, as it is after it was written and read back."""
+    kind = config_class(model_type)
+    return kind.from_dict(json.loads(kind(**fields).to_json_string()))
 
 
 def try_fields(model_type: str, fields: dict[str, Any], *, seed: int) -> Tried:
