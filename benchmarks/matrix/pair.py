@@ -18,6 +18,8 @@ from paritykit.runner import Session
 from paritykit.testing.drawn.catalogue import class_names
 
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
+LAST_WORDS = "; the engine's last words:"
+"""Follows the text of an exception that the engine's process did not expect."""
 CASES = ("short", "long-40")
 """Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
 LONGEST = 300
@@ -43,8 +45,7 @@ class Pairs:
             drawn = "no small config" in str(error)
             row = _with(row, "not drawn" if drawn else "refused", str(error))
         except EngineError as error:
-            died = str(error).startswith(DIED)
-            row = _with(row, "could not run" if died else "refused", _reason(error))
+            row = _with(row, outcome_of(error), _reason(error))
         except ParityError as error:
             row = _with(row, "refused", str(error))
         except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
@@ -75,6 +76,18 @@ class Pairs:
                 return told(row, session.results(plan.checks))
         finally:
             host.kill()
+
+
+def outcome_of(error: EngineError) -> Outcome:
+    """What an engine's error is: its end, an exception that nobody foresaw, or a refusal.
+
+    >>> outcome_of(EngineError("vLLM cannot start the model: no such head size"))
+    'refused'
+    """
+    text = str(error)
+    if text.startswith(DIED):
+        return "could not run"
+    return "error" if LAST_WORDS in text else "refused"
 
 
 def told(row: Row, results: Results) -> Row:
@@ -108,7 +121,7 @@ def _with(row: Row, outcome: Outcome, reason: str) -> Row:
 
 def _reason(error: EngineError) -> str:
     """What an engine says, without the folder of the model and its last words."""
-    return re.sub(r"\S*/drawn/\S+", "the model", str(error).partition("; the engine's last words:")[0])
+    return re.sub(r"\S*/drawn/\S+", "the model", str(error).partition(LAST_WORDS)[0])
 
 
 def _short(text: str) -> str:

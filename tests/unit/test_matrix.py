@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.matrix.command import execute, sample
 from benchmarks.matrix.page import render
+from benchmarks.matrix.pair import outcome_of
 from benchmarks.matrix.row import Row, Task, add_row, left, read_rows
-from paritykit.errors import UsageError
+from paritykit.errors import EngineError, UsageError
 
 AGREE = {"modules": "fail", "logits": "pass", "tokens": "pass"}
 
@@ -46,6 +47,18 @@ def test_a_false_alarm_is_a_failure_of_which_nothing_comes_out() -> None:
     assert not row(outcome="fail", checks={**AGREE, "logits": "fail"}).false_alarm
     assert not row(outcome="fail").false_alarm
     assert not row(checks=AGREE).false_alarm
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("vLLM cannot start the model: no such head size", "refused"),
+        ("the engine's process died of signal 6; its last words:\n  free(): invalid", "could not run"),
+        ("KeyError: 'x'; the engine's last words:\n  KeyError", "error"),
+    ],
+)
+def test_what_an_engine_says_is_told_from_what_breaks(text: str, outcome: str) -> None:
+    assert outcome_of(EngineError(text)) == outcome
 
 
 def test_the_page_says_what_the_rows_say() -> None:
