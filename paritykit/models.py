@@ -1,4 +1,4 @@
-"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE,...`` or ``real:NAME``."""
+"""What a user may write for MODEL: a folder, a hub id, ``tiny:FAMILY,FIELD=VALUE``, ``drawn:TYPE`` or ``real:NAME``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from paritykit.case import Case, CaseSet
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
 from paritykit.passages import Message, Tokenizer
+from paritykit.testing.drawn.named import DRAWN, DrawnModel
 from paritykit.testing.named import REAL, TINY, TinyModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -33,6 +34,8 @@ def folder_of(model: str) -> str:
         from paritykit.testing.real import build_named
 
         return str(build_named(model))
+    if model.startswith(DRAWN):
+        return str(DrawnModel(model).build())
     return str(TinyModel(model).build()) if model.startswith(TINY) else model
 
 

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paritykit.testing.drawn.model import drawn_model
+    from paritykit.testing.drawn.named import DrawnModel
     from paritykit.testing.families import TINY_FAMILIES, nano_families, tiny_config
     from paritykit.testing.named import TinyModel
     from paritykit.testing.real import REAL_MODELS, real_model
@@ -16,7 +18,9 @@ __all__ = [
     "REAL_MODELS",
     "TINY_FAMILIES",
     "TRANSPLANTS",
+    "DrawnModel",
     "TinyModel",
+    "drawn_model",
     "nano_families",
     "real_model",
     "tiny_config",
@@ -24,10 +28,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DrawnModel": "paritykit.testing.drawn.named",
     "REAL_MODELS": "paritykit.testing.real",
     "TINY_FAMILIES": "paritykit.testing.families",
     "TRANSPLANTS": "paritykit.testing.transplants",
     "TinyModel": "paritykit.testing.named",
+    "drawn_model": "paritykit.testing.drawn.model",
     "nano_families": "paritykit.testing.families",
     "real_model": "paritykit.testing.real",
     "tiny_config": "paritykit.testing.families",

@@ -1,0 +1,5 @@
+"""See ``command``."""
+
+from benchmarks.matrix.command import main
+
+main()

@@ -1,0 +1,128 @@
+"""One clean pair: draw the model, run both engines, keep what was said."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+
+import msgspec
+
+from benchmarks.matrix.row import Outcome, Row, Task
+from benchmarks.matrix.warm import WarmHost
+from paritykit.engines.process import HostProcess
+from paritykit.errors import EngineError, EngineMissingError, ParityError, UsageError
+from paritykit.plan import make_plan
+from paritykit.results import Results
+from paritykit.runner import Session
+from paritykit.testing.drawn.catalogue import class_names
+
+DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
+LAST_WORDS = "; the engine's last words:"
+"""Follows the text of an exception that the engine's process did not expect."""
+CASES = ("short", "long-40")
+"""Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
+LONGEST = 300
+"""Letters of a reason that are kept."""
+
+
+class Pairs:
+    """Runs pairs one after the other: the reference in one process, vLLM in a fork for each."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._reference = HostProcess()
+
+    def run(self, task: Task) -> Row:
+        """What comes of it; what cannot be is an outcome too."""
+        started = time.monotonic()
+        row = Row(task=task, source=self._source, outcome="error", architecture=class_names()[task.model_type])
+        try:
+            row = self._ran(task, row)
+        except EngineMissingError:
+            raise
+        except UsageError as error:
+            drawn = "no small config" in str(error)
+            row = _with(row, "not drawn" if drawn else "refused", str(error))
+        except EngineError as error:
+            row = _with(row, outcome_of(error), _reason(error))
+        except ParityError as error:
+            row = _with(row, "refused", str(error))
+        except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
+            row = _with(row, "error", f"{type(error).__name__}: {error}")
+            self.close()
+        return msgspec.structs.replace(row, seconds=round(time.monotonic() - started, 1))
+
+    def close(self) -> None:
+        """End the reference's process; the next pair starts another."""
+        with suppress(Exception):
+            self._reference.kill()
+
+    def _ran(self, task: Task, row: Row) -> Row:
+        plan = make_plan(
+            task.name, given={"candidate": "vllm", "dtype": task.dtype}, case_names=CASES, explain=task.explain
+        )
+        host = WarmHost()
+        try:
+            session = Session(
+                reference=plan.reference(host=self._reference),
+                candidate=plan.candidate_engine(host),
+                cases=plan.resolve_cases(),
+                config=plan.config,
+                checkpoint=plan.checkpoint,
+                explain=task.explain,
+            )
+            with session:
+                return told(row, session.results(plan.checks))
+        finally:
+            host.kill()
+
+
+def outcome_of(error: EngineError) -> Outcome:
+    """What an engine's error is: its end, an exception that nobody foresaw, or a refusal.
+
+    >>> outcome_of(EngineError("vLLM cannot start the model: no such head size"))
+    'refused'
+    """
+    text = str(error)
+    if text.startswith(DIED):
+        return "could not run"
+    return "error" if LAST_WORDS in text else "refused"
+
+
+def told(row: Row, results: Results) -> Row:
+    """The row with what the records say."""
+    summary = results.summary
+    first = next((f for f in results.findings if f.verdict == "fail"), None)
+    if summary.first_divergence is not None:
+        seen = (summary.first_divergence.check, summary.first_divergence.seen_at or summary.first_divergence.point)
+        first = next((f for f in results.findings if f.verdict == "fail" and (f.check, f.point) == seen), first)
+    return msgspec.structs.replace(
+        row,
+        outcome=summary.verdict if summary.verdict in ("pass", "fail", "inconclusive") else "error",
+        reason=_short(summary.message or (first.message if first else "")),
+        first=summary.first_divergence.point if summary.first_divergence else "",
+        metric=f"{first.check}: {first.metric}" if first else "",
+        value=first.value if first else None,
+        allowed=first.allowed if first else None,
+        causes=[f"{c.code} {c.name} {c.confidence:.2f}" for c in summary.causes[:3]],
+        checks={name: str(verdict) for name, verdict in summary.checks.items()},
+        compared=summary.compared,
+        failed=summary.failed,
+        unmatched=summary.unmatched,
+        accumulated=sum(f.kind == "accumulated" for f in results.findings),
+        named_alike=sum(f.kind == "named_alike" for f in results.findings),
+    )
+
+
+def _with(row: Row, outcome: Outcome, reason: str) -> Row:
+    return msgspec.structs.replace(row, outcome=outcome, reason=_short(reason))
+
+
+def _reason(error: EngineError) -> str:
+    """What an engine says, without the folder of the model and its last words."""
+    return re.sub(r"\S*/drawn/\S+", "the model", str(error).partition(LAST_WORDS)[0])
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:LONGEST]
