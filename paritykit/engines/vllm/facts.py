@@ -20,8 +20,8 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     ``fused``: module path to its parts in order, each with ``total`` and ``local`` columns and ``replicas`` (how many
     ranks hold the same part). ``meanings``: module path to the reason it must not be compared by name. ``packed``:
     ``packed_modules_mapping`` as declared. ``attention``: names of the attention backends. ``windows``: module path
-    of each attention whose cache forgets what lies behind its sliding window, to the window's length. ``chunks``: the same
-    of those that see chunks of that length.
+    of each attention whose cache forgets what lies behind its sliding window, to the window's length. ``chunks``: the
+    same of those that see chunks.
     """
     named = list(model.named_modules(remove_duplicate=False))
     fused = {n: parts for n, m in named if (parts := fused_parts(m))}
