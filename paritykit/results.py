@@ -155,9 +155,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     policy says it. ``condition`` says how the engine ran, where a check holds it against itself, and ``workload`` names
     all cases that ran, where these are not those of the run. ``local`` is its error on the reference's own values,
     where the modules were replayed. ``slices`` say which part of it is wrong, where that was looked for and is a part.
-    ``kind`` says why a point that differs in the free run is no failure: *accumulated* rounding (verdict ``pass``: every
-    module is right on the reference's own values), or *named_alike*, something else under the same name (nothing that is
-    computed from it differs). ``reading`` is how the candidate's point is read to be the reference's, where one fits.
+    ``kind`` says why a point that differs in the free run is no failure: *accumulated* rounding (verdict ``pass``:
+    every module is right on the reference's own values), or *named_alike*, something else under the same name (nothing
+    that is computed from it differs). ``reading`` is how the candidate's point is read to be the reference's, where one fits.
     """
 
     check: str
@@ -224,8 +224,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
     """Last record: the verdict and its counts. A file without it is an unfinished run.
 
-    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed. ``notes``
-    say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
+    ``culprits`` are all modules that are wrong by themselves, in execution order, where modules were replayed.
+    ``notes`` say what the verdict does not speak of: what was asked for and never ran, what failed beside it.
     """
 
     verdict: Verdict
