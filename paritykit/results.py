@@ -157,7 +157,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     where the modules were replayed. ``slices`` say which part of it is wrong, where that was looked for and is a part.
     ``kind`` says why a point that differs in the free run is no failure: *accumulated* rounding (verdict ``pass``:
     every module is right on the reference's own values), or *named_alike*, something else under the same name (nothing
-    that is computed from it differs). ``reading`` is how the candidate's point is read to be the reference's, where one fits.
+    that is computed from it differs). ``reading`` is how the candidate's point is read to be the reference's, where one
+    fits.
     """
 
     check: str
