@@ -36,7 +36,7 @@ def notes(config: dict[str, Any] | None = None, **args: str) -> list[str]:
     ],
 )
 def test_what_was_asked_for_and_never_ran(args: dict[str, str], words: str) -> None:
-    (note,) = notes(**args)
+    (note,) = notes({}, **args)
     assert words in note
 
 
