@@ -91,14 +91,17 @@ def _measured(subject: Subject, rule: Rule, case: str, places: list[int], *, che
 def wanted_rows(subject: Subject, rule: Rule, case: str, *, found: list[int]) -> int:
     """How many positions the candidate must show: all that the reference has.
 
-    Of a cache behind a sliding window those in the window are enough: what lies before may be overwritten.
+    Of a cache behind a sliding window those in the window are enough, and of one that is cut into chunks those of the
+    last chunk: what lies before may be overwritten.
     """
     spans = subject.reference.spans(subject.reference.point(rule.reference), case)
     wanted = sum(s.length for s in spans)
     module, port, _ = split_key(rule.candidate)
-    window = int(subject.candidate.manifest.facts.get("windows", {}).get(module, 0))
-    if port in CACHE_PORTS and window:
+    facts = subject.candidate.manifest.facts
+    window, chunk = (int(facts.get(name, {}).get(module, 0)) for name in ("windows", "chunks"))
+    if port in CACHE_PORTS and (window or chunk):
         end = max((s.position + s.length for s in spans), default=0)
-        if found == list(range(max(0, end - window), end)):
+        start = max(0, (end - 1) // chunk * chunk if chunk else end - window)
+        if found == list(range(start, end)):
             return len(found)
     return wanted

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.derived import derived_functions
 from paritykit.engines.features import feature_axes, parameter_names
 from paritykit.engines.hf import quiet
 from paritykit.ledger.subject import ReferenceLayout
@@ -19,7 +20,7 @@ def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(checkpoint.path)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError):
+    except Exception:  # a config class may refuse its own fields with any error
         return None
     names = list(checkpoint.tensors)
     own = model.state_dict()
@@ -29,8 +30,15 @@ def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
     embedding = _weight_of(model, model.get_input_embeddings(), used)
     head = _weight_of(model, model.get_output_embeddings(), used)
     lookups = [t for t, p in used.items() if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.Embedding)]
+    functions = derived_functions(model)
     return ReferenceLayout(
-        parameters=used, features=features, lookups=lookups, tied=tied, embedding=embedding, head=head
+        parameters=used,
+        features=features,
+        lookups=lookups,
+        derived={t: functions[p] for t, p in used.items() if p in functions},
+        tied=tied,
+        embedding=embedding,
+        head=head,
     )
 
 

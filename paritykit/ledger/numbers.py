@@ -49,10 +49,11 @@ def _usual(axes: list[int]) -> int:
 
 
 def changed(subject: WeightSubject) -> Iterator[Problem]:
-    """An offset, factor or function between checkpoint and parameter."""
+    """An offset, factor or function between checkpoint and parameter, unless the reference computes with the same."""
+    derived = subject.expected.reference.derived if subject.expected.reference else {}
     for name, landings in subject.by_tensor.items():
         for x in landings:
-            if x.change:
+            if x.change and x.change not in derived.get(name, ()):
                 code = "offset" if OFFSET.match(x.change) else "scale" if x.change.startswith("*") else "changed"
                 text = f"{name} arrives in {x.parameter} as {described(x.change)}{on_rank(subject, x.rank)}"
                 yield Problem(code=code, name=name, message=text, elements=size(x.source), rank=x.rank)

@@ -32,13 +32,15 @@ class ReferenceLayout(msgspec.Struct, frozen=True, kw_only=True):
     """What the reference makes of a checkpoint.
 
     ``parameters``: tensor to the parameter it fills, for those it uses. ``features``: tensor to its axis of output
-    features. ``lookups``: tensors of embeddings, which are not multiplied. ``tied``: whether the output head shares the
+    features. ``lookups``: tensors of embeddings, which are not multiplied. ``derived``: tensor to the functions
+    that the reference takes of it. ``tied``: whether the output head shares the
     input embedding; ``embedding`` and ``head`` are those tensors.
     """
 
     parameters: dict[str, str] = {}
     features: dict[str, int] = {}
     lookups: list[str] = []
+    derived: dict[str, list[str]] = {}
     tied: bool = False
     embedding: str = ""
     head: str = ""

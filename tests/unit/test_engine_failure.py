@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import paritykit
-from paritykit.engines import failure
 from paritykit.engines.failure import KEPT, explain, keep_log
 
 SITE = "/env/lib/python3.11/site-packages"
@@ -71,7 +70,7 @@ def test_a_missing_parameter_is_named_where_weights_are_loaded() -> None:
 
 
 def test_a_log_stays_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     file = keep_log("all of it")
     assert file is not None
     assert file.read_text() == "all of it"
@@ -84,5 +83,5 @@ def test_a_log_stays_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_log_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(failure.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
     assert keep_log("all of it") is None

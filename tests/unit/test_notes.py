@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from paritykit.case import Case
+from paritykit.errors import UsageError
 from paritykit.notes import Ran, notes_of
 from paritykit.reports import REPORTS
 from paritykit.results import Results, Run, Side, Summary
+from paritykit.runner import Session
 
 CASES = [Case(id="a", tokens=(1,) * 40, new_tokens=3)]
 
@@ -33,7 +36,7 @@ def notes(config: dict[str, Any] | None = None, **args: str) -> list[str]:
     ],
 )
 def test_what_was_asked_for_and_never_ran(args: dict[str, str], words: str) -> None:
-    (note,) = notes(**args)
+    (note,) = notes({}, **args)
     assert words in note
 
 
@@ -64,6 +67,27 @@ def test_every_report_shows_notes(name: str) -> None:
     run = Run(paritykit="0", reference=side(), candidate=side(), checks=["logits"])
     found = Results(run=run, cases=[], coverage=[], findings=[], weights=[], summary=summary)
     assert "no adapter ran" in REPORTS.get(name)(found).decode()
+
+
+def attempt(error: Exception) -> tuple[list[str], object]:
+    session = SimpleNamespace(notes=[])
+
+    def fail() -> str:
+        raise error
+
+    return session.notes, Session._attempt(session, "the diagnosis", fail, "instead")  # type: ignore[arg-type]
+
+
+def test_what_fails_beside_a_run_is_a_note() -> None:
+    told, found = attempt(ZeroDivisionError("no rows"))
+    assert found == "instead"
+    (note,) = told
+    assert note.startswith("the diagnosis failed, so it says nothing: ZeroDivisionError: no rows (test_notes.py:")
+
+
+def test_a_wrong_request_is_no_failure_beside_a_run() -> None:
+    with pytest.raises(UsageError, match="no such rule"):
+        attempt(UsageError("no such rule"))
 
 
 def test_a_version_of_a_class_of_its_own_is_a_string() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from paritykit.engines.reading import other_paths
-from paritykit.engines.vllm.kv import is_readable, window_of
+from paritykit.engines.vllm.kv import chunk_of, is_readable, window_of
 from paritykit.engines.vllm.semantics import PARTIAL, is_partial, other_meaning
 
 Part = dict[str, int]
@@ -22,7 +22,7 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     ranks hold the same part). ``same``: paths to the first path of the same module. ``meanings``: module path to the
     reason it must not be compared by name. ``packed``: ``packed_modules_mapping`` as declared. ``attention``: names of
     the attention backends. ``windows``: module path of each attention whose cache forgets what lies behind its sliding
-    window, to the window's length.
+    window, to the window's length. ``chunks``: the same of those that see chunks.
     """
     named = list(model.named_modules(remove_duplicate=False))
     fused = {n: parts for n, m in named if (parts := fused_parts(m))}
@@ -38,6 +38,7 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
         "packed": packed,
         "attention": attention_backends(model),
         "windows": {n.rpartition(".")[0]: w for n, m in named if is_readable(m) and (w := window_of(m))},
+        "chunks": {n.rpartition(".")[0]: c for n, m in named if is_readable(m) and (c := chunk_of(m))},
     }
 
 
