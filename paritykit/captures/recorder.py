@@ -71,6 +71,10 @@ class Part(Protocol):
         """Note that a point is the very tensor last recorded as ``source``."""
         ...
 
+    def holds(self, source: str, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` still has the bytes that were recorded as ``source`` in this pass."""
+        ...
+
     def drop(self, module: str, port: str, reason: str) -> None:
         """Leave a point out."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ def side(**args: str) -> Side:
     return Side(engine="vllm", model="m", dtype="float32", args=args)
 
 
-def notes(config: dict[str, Any] | None = None, **args: str) -> list[str]:
+def notes(config: Mapping[str, Any] | None = None, /, **args: str) -> list[str]:
     return list(notes_of(Ran(side(**args), config or {}, CASES)))
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paritykit.comparison import spread
-from paritykit.comparison.noise import Noise, Spread
-from paritykit.comparison.spread import LEAST_CHANNEL, LEAST_ROW, SpreadMeter
+from paritykit.comparison.noise import LEAST_CHANNEL, LEAST_ROW, Noise, Spread
+from paritykit.comparison.spread import SpreadMeter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
