@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from paritykit.case import Case
@@ -13,7 +13,7 @@ class Ran(NamedTuple):
     """A run as it was: the candidate's side, the model's config, and the cases."""
 
     candidate: Side
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     cases: list[Case]
 
 

@@ -113,7 +113,7 @@ class DrawMeter:
             names.append(key)
 
     def holds(self, source: str, tensor: torch.Tensor) -> bool:
-        """See ``PartWriter.holds``: what is written behind torch's back is another engine's doing, not the reference's."""
+        """See ``PartWriter.holds``: in transformers nothing is written behind torch's back."""
         del source, tensor
         return True
 
