@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from paritykit.reports.added_up import added_up
 from paritykit.reports.alike import alike_fields
 from paritykit.reports.replayed import culprits, local, origin
 from paritykit.reports.repro import repro, script
@@ -145,7 +146,8 @@ def left_out(results: Results) -> list[Field]:
     counts += [f"inconclusive {summary.inconclusive:,}"] if summary.inconclusive else []
     alike = sum(f.kind == "named_alike" for f in results.findings)
     counts += [f"named alike {alike:,}"] if alike else []
-    found = [("counts", "   ".join(counts)), *alike_fields(results)]
+    added = added_up(results)
+    found = [("counts", "   ".join(counts)), *([("accumulated", added)] if added else []), *alike_fields(results)]
     for label, gaps in gap_lists(results).items():
         found += [(label, _gap(g)) for g in gaps[:SHOWN_GAPS]]
         if len(gaps) > SHOWN_GAPS:

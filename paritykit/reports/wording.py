@@ -117,7 +117,7 @@ def first_finding(results: Results) -> Finding | None:
 
 def worst_finding(findings: Sequence[Finding]) -> Finding | None:
     """The finding that uses most of its allowance, among those with both numbers."""
-    judged = (f for f in findings if f.verdict != "skip" and headroom(f) is not None)
+    judged = (f for f in findings if f.verdict != "skip" and not f.kind and headroom(f) is not None)
     return max(judged, key=lambda f: headroom(f) or 0.0, default=None)
 
 

@@ -8,7 +8,10 @@ import msgspec
 import pytest
 
 from paritykit.diagnose.accumulated import accumulate
-from paritykit.results import Finding, Local
+from paritykit.reports import REPORTS
+from paritykit.reports.added_up import added_up
+from paritykit.results import Coverage, Finding, Local, Results, Run, Side
+from paritykit.verdict import summarise
 
 LAYER, BLOCK, LEAF = "model.layers.1", "model.layers.1.mlp", "model.layers.1.mlp.down_proj"
 
@@ -66,3 +69,16 @@ def test_what_was_not_seen_to_be_right_fails(local: str) -> None:
 def test_a_point_of_another_size_is_no_rounding() -> None:
     misfit = msgspec.structs.replace(CLEAN[1], metric="shape")
     assert accumulate([misfit], replayed=["a"]) == [misfit]
+
+
+def test_every_report_says_how_much_added_up_and_where() -> None:
+    sides = Side(engine="hf", model="m", dtype="float64"), Side(engine="nano", model="m", dtype="float32")
+    found = accumulate(CLEAN, replayed=["a"])
+    summary = summarise(["modules"], [Coverage(check="modules", points=4, compared=4)], found, min_coverage=0.5)
+    run = Run(reference=sides[0], candidate=sides[1], checks=["modules"], command="", paritykit="0", created="")
+    results = Results(run=run, findings=found, summary=summary)
+    assert summary.verdict == "pass"
+    assert added_up(results).startswith(f"rounding of 2 points added up beyond the floor, most at {BLOCK} / a: scale")
+    for name in ("terminal", "markdown", "html"):
+        assert "added up beyond the floor" in REPORTS.get(name)(results).decode()
+    assert not added_up(Results(run=run, findings=CLEAN[:1], summary=summary))

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from paritykit.reports.added_up import added_up
 from paritykit.reports.alike import TITLE, UNREAD, meanings
 from paritykit.reports.html import sections, view
 from paritykit.reports.html.columns import Packed, pack
@@ -53,7 +54,7 @@ def _context(results: Results, rows: list[Row], packed: Packed) -> dict[str, Any
         "tally": tally(rows), "command": repro(results), "python": script(results),
         "labels": LABELS, "letters": LETTERS, "gaps": gaps, "more_gaps": more_gaps,
         "tokens": tokens, "more_tokens": more_tokens, "policies": sections.policies_of(results), "packed": packed,
-        "alike": meanings(results), "alike_title": TITLE, "unread": UNREAD,
+        "added_up": added_up(results), "alike": meanings(results), "alike_title": TITLE, "unread": UNREAD,
         "starts": starts(results), "nothing": view.coverage_words(results),
         "profiles": any(f.metric for f in results.findings),
         "weights": weights_of(results), "css": _css(results), "script": _script(results),
