@@ -68,7 +68,7 @@ def measured(subject: Subject) -> Iterator[tuple[str, float, float, str]]:
             noise = meter.result()
             if noise is not None:
                 least = half_ulp(subject.dtypes(rule)[1])
-                for guard in drawn_guards(noise, draws, least=least, chance=subject.luck):
+                for guard in drawn_guards(noise, draws, least=least, chance=subject.luck(rule.reference)):
                     yield guard.metric, guard.value / guard.floor, guard.beyond, f"{rule.reference} / {case}"
 
 

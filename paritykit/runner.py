@@ -158,6 +158,7 @@ class Session:
             no_floor=self._reference.no_floor,
             policies=self._policies,
             ensemble=self._reference.ensemble,
+            replayed=self._explain and "replay" in self._opened_candidate().capabilities,
         )
 
     @cached_property
@@ -481,6 +482,7 @@ def compare_captures(
         twin=twin,
         policies=policies_of(config),
         ensemble=ensemble,
+        replayed=engine is not None and "replay" in engine.capabilities,
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.comparison.drawn import each_chance
 from paritykit.comparison.policy import Policy, find_policy
 from paritykit.comparison.tolerance import Tolerance, coarser, flat, is_half, tolerance_for
@@ -35,7 +36,7 @@ class Subject:
 
     ``twin`` is the reference again, in the candidate's dtype: with it, ``reference`` is the truth that both are held
     against, and ``ensemble`` is what draws of the twin's rounding do. ``no_floor`` says why there is none.
-    ``policies`` are the project's own allowed numbers.
+    ``policies`` are the project's own allowed numbers. ``replayed``: modules are replayed where a point fails.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Subject:
         no_floor: str = "",
         policies: list[Policy] | None = None,
         ensemble: Ensemble | None = None,
+        replayed: bool = False,
     ) -> None:
+        self._looks = 2 if replayed else 1
         self.reference = reference
         self.candidate = candidate
         self.mapping = mapping
@@ -83,15 +86,19 @@ class Subject:
             no_floor=self._no_floor,
             policies=self._policies,
             ensemble=ensemble or self.ensemble,
+            replayed=self._looks == 2,
         )
         found.local = ensemble is not None
         found.flips, found.twin_errors = flips or {}, self.twin_errors
         return found
 
-    @cached_property
-    def luck(self) -> float:
-        """The chance of a false alarm that each judged number may take, so that a whole run keeps ``RUN_CHANCE``."""
-        return each_chance(len(self.mapping.rules) * len(self.reference.cases))
+    def luck(self, point: str) -> float:
+        """The chance of a false alarm that each number of a point may take, so that a run keeps ``RUN_CHANCE``.
+
+        What the model gives and keeps is held to it alone; a point on the way is looked at twice where it is replayed.
+        """
+        gives = split_key(point)[1] in CACHE_PORTS or point == LOGITS
+        return each_chance(len(self.mapping.rules) * len(self.reference.cases), looks=1 if gives else self._looks)
 
     @cached_property
     def graph(self) -> Graph:

@@ -78,7 +78,9 @@ def judge_point(
     factor = usual if policy is None or policy.factor is None else policy.factor
     note = "" if policy is None else policy.note
     if draws is not None:
-        return judge_floor(measured, noise, dtype=dtype, factor=factor, note=note, draws=draws, luck=subject.luck)
+        return judge_floor(
+            measured, noise, dtype=dtype, factor=factor, note=note, draws=draws, luck=subject.luck(rule.reference)
+        )
     judged = judge_floor(measured, noise, dtype=dtype, factor=factor, note=note)
     many = noise.even_rows * noise.even_channels >= FEW and noise.twin.whole
     if judged.verdict == "pass" or judged.metric == "nonfinite_mismatch" or many:

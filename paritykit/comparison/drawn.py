@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -28,13 +27,15 @@ WORST_ROW, WORST_CHANNEL, OWN_SCALE = 4, 6, 2
 draws was 0.08 to 0.24, 0.05 to 0.09 and 0.30 to 0.54 of one over the independent numbers (medians, same points)."""
 LEAST_FACTOR = 0.01
 """A constant factor scatters by this share of the whole error at least, however many numbers it is made of."""
-TRUNCATED = 1.8
-"""Some kernels cut what they store where others round it to nearest (vLLM's attention on a CPU without bfloat16
-instructions does), which makes all of it smaller by half a unit in the last place: by so many times the root mean
-square of one rounding."""
+TRUNCATED = 2 * 1.8
+"""Some kernels of products cut what they store where others round it to nearest (vLLM's attention on a CPU without
+bfloat16 instructions, of shares and of outputs), which makes all of it smaller by half a unit in the last place each
+time: by 1.8 times the root mean square of one rounding."""
 GUARDS = 8
 RUN_CHANCE = 1e-4
-"""Chance that any number of a whole run is beyond its limit though all is computed rightly."""
+"""Chance that a whole run fails though all is computed rightly. Where modules are replayed too it takes two: a number
+beyond its limit in the free run, and one on the reference's own values, whose roundings are others. Each of both looks
+then has the root of it."""
 
 
 def quantile(chance: float, degrees: float) -> float:
@@ -49,9 +50,13 @@ def quantile(chance: float, degrees: float) -> float:
     return math.sqrt(degrees * math.expm1(z * z / degrees))
 
 
-def each_chance(comparisons: int) -> float:
-    """The chance that is left to each number of a run with so many points and cases."""
-    return RUN_CHANCE / (GUARDS * max(comparisons, 1))
+def each_chance(comparisons: int, *, looks: int = 1) -> float:
+    """The chance that is left to each number of a run with so many points and cases, of which it takes ``looks``.
+
+    >>> each_chance(1000), each_chance(1000, looks=2)
+    (1.25e-08, 1.25e-06)
+    """
+    return float(RUN_CHANCE ** (1 / looks)) / (GUARDS * max(comparisons, 1))
 
 
 def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float) -> Iterator[Guard]:
@@ -62,8 +67,8 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     wide, tall = min(PEAKED * channels, noise.features, DEGREES), min(rows, DEGREES)
     yield _guard("rel_l2", candidate.whole, typical, numbers=rows * wide, chance=chance)
     logs = np.log(np.maximum(draws.row, least)).mean(1)
-    ours = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
-    yield _guard("typical_rel_l2", ours, np.exp(logs), numbers=noise.rows * wide, chance=chance)
+    middle = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
+    yield _guard("typical_rel_l2", middle, np.exp(logs), numbers=noise.rows * wide, chance=chance)
     yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=WORST_ROW * wide, chance=chance)
     floors = np.maximum(draws.channel, max(float(np.median(draws.channel)), least))
     seen, numbers = np.asarray(candidate.channel), WORST_CHANNEL * tall
@@ -77,12 +82,14 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
         floor = np.maximum(found, max(1 / math.sqrt(share), LEAST_PART) * whole)
         yield _guard(metric, float(ours), floor, numbers=OWN_SCALE * numbers, chance=chance)
     share = max(LEAST_FACTOR, 1 / math.sqrt(rows * channels))
-    yield _signed("scale", candidate.scale, draws.scale, prior=share * whole, bias=TRUNCATED * least, chance=chance)
+    bias = TRUNCATED * least if draws.differ else 0.0
+    yield _signed("scale", candidate.scale, draws.scale, prior=share * whole, bias=bias, chance=chance)
 
 
-def _own(scales: Any, scale: Any) -> Any:
+def _own(scales: float | Floats, scale: float | Floats) -> Floats:
     """What rows' or channels' own factors are beside the one that all have: one projection lies inside the other."""
-    return np.sqrt(np.maximum(np.square(scales) - np.square(scale), 0.0))
+    found: Floats = np.sqrt(np.maximum(np.square(scales) - np.square(scale), 0.0))
+    return found
 
 
 def _guard(metric: str, value: float, drawn: Floats, *, numbers: float, chance: float) -> Guard:

@@ -23,11 +23,11 @@ from tests.nano import one_thread
 FAMILY = "qwen2"
 MACHINES = {
     "plain instructions": {"ATEN_CPU_CAPABILITY": "default"},
-    "older instructions": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
-    "newer instructions": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "older instructions": {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
+    "one thread, oneDNN's oldest": {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "any CPU's kernels, three threads": {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "3"},
 }
-"""What torch, oneDNN and MKL are told; where a CPU has not the instructions, they take the nearest it has."""
+"""What torch, oneDNN and MKL are told: less than this CPU has, which any can be."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def judged(floors: Floors, machine: str, dtype: str, *, fault: str = "") -> Resu
 def test_a_clean_engine_passes_with_room_to_spare(floors: Floors, machine: str, dtype: str) -> None:
     results = judged(floors, machine, dtype)
     assert results.summary.verdict == "pass", results.summary
-    assert max(f.needs.get("factor", 0.0) for f in results.findings) < 1.2, "1.75 are allowed"
+    assert max(f.needs.get("factor", 0.0) for f in results.findings) < 1.2, "1.6 are allowed"
 
 
 @pytest.mark.xdist_group("machines")
