@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from statistics import NormalDist
 
+import msgspec
 import numpy as np
 
 from paritykit.comparison.ensemble import PointDraws
@@ -33,7 +34,8 @@ LEAST_FACTOR = 0.01
 TRUNCATED = 2 * 1.8
 """Some kernels of products cut what they store where others round it to nearest (vLLM's attention on a CPU without
 bfloat16 instructions, of shares and of outputs), which makes all of it smaller by half a unit in the last place each
-time: by 1.8 times the root mean square of one rounding."""
+time: by 1.8 times the root mean square of one rounding. Where all tokens are alike that is an offset of each channel's
+own, and what is computed from it has factors and offsets of its rows and channels."""
 GUARDS = 8
 RUN_CHANCE = 1e-4
 """Chance that a whole run fails though all is computed rightly. Where modules are replayed too it takes two: a number
@@ -76,6 +78,7 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     floors = np.maximum(draws.channel, max(float(np.median(draws.channel)), least))
     seen, numbers = np.asarray(candidate.channel), WORST_CHANNEL * tall
     yield _worst("channel_rel_l2", seen, floors, draws.numbers[0], numbers=numbers, chance=chance)
+    bias = TRUNCATED * least if draws.differ else 0.0
     for metric, ours, found, numbers, share in (
         ("row_scale", _own(candidate.row_scale, candidate.scale), _own(draws.row_scale, draws.scale), rows, channels),
         ("channel_scale", _own(candidate.channel_scale, candidate.scale), _own(draws.numbers[1], draws.scale),
@@ -83,9 +86,9 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
         ("channel_bias", candidate.channel_bias, draws.numbers[2], min(channels, CHANNEL_DEGREES), rows),
     ):  # fmt: skip
         floor = np.maximum(found, max(1 / math.sqrt(share), LEAST_PART) * whole)
-        yield _guard(metric, float(ours), floor, numbers=OWN_SCALE * numbers, chance=chance)
+        guard = _guard(metric, float(ours), floor, numbers=OWN_SCALE * numbers, chance=chance)
+        yield msgspec.structs.replace(guard, floor=max(guard.floor, bias / guard.chance))
     share = max(LEAST_FACTOR, 1 / math.sqrt(rows * channels))
-    bias = TRUNCATED * least if draws.differ else 0.0
     yield _signed("scale", candidate.scale, draws.scale, prior=share * whole, bias=bias, chance=chance)
 
 
