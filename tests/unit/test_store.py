@@ -48,7 +48,7 @@ def test_what_is_damaged_is_made_again(store: Store, tmp_path: Path) -> None:
     make = Maker()
     kept = store.take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open).path
     (kept / MANIFEST).write_text("{}")
-    assert store.find(KEY) is None
+    assert store.find(KEY, Capture.open) is None
     assert not kept.exists()
     store.take(KEY, make, scratch=tmp_path / "scratch", read=Capture.open)
     assert len(make.made) == 2
