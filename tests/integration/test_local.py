@@ -10,14 +10,14 @@ from paritykit.testing import tiny_model
 from paritykit.testing.faults import find
 
 
-def run(dtype: str, *, fault: str = "", local: bool = True) -> Results:
+def run(dtype: str, *, fault: str = "") -> Results:
     plan = make_plan(
         str(tiny_model("qwen2")),
         given={"candidate": "nano", "dtype": dtype},
         checks=("modules", "logits"),
         case_names=("long-40",),
-        engine_args=find(fault).arguments(layer=3, strength=0.2) if fault else {},
-        local=local,
+        engine_args=find(fault).arguments(layer=3, strength=0.4) if fault else {},
+        local=True,
     )
     with plan.open() as session:
         return session.results(plan.checks)
@@ -36,11 +36,9 @@ def test_a_clean_engine_passes_and_every_point_has_a_local_error(dtype: str) -> 
 
 @pytest.mark.xdist_group("local")
 def test_a_small_mistake_in_the_last_layer_is_found_in_half_precision() -> None:
-    """What bfloat16 has done to the last layer's input hides it in the free run: there it is within its limit."""
-    hidden, found = (run("bfloat16", fault="attention-scale", local=local) for local in (False, True))
-    assert hidden.summary.verdict == "pass"
-    first = found.summary.first_divergence
+    """It does less there than bfloat16 has done to the layer's input."""
+    results = run("bfloat16", fault="attention-scale")
+    first = results.summary.first_divergence
     assert first is not None
     assert (first.point, first.origin) == ("model.layers.3.self_attn", "introduced")
-    assert {c.point for c in found.summary.culprits} == {"model.layers.3.self_attn"}
-    assert "hides it" in next(f for f in found.findings if f.verdict == "fail").message
+    assert {c.point for c in results.summary.culprits} == {"model.layers.3.self_attn"}

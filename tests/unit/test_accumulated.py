@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from paritykit.diagnose.accumulated import accumulate
+from paritykit.diagnose.replay import expose
 from paritykit.reports import REPORTS
 from paritykit.reports.added_up import added_up
 from paritykit.results import Coverage, Finding, Local, Results, Run, Side
@@ -82,3 +83,11 @@ def test_every_report_says_how_much_added_up_and_where() -> None:
     for name in ("terminal", "markdown", "html"):
         assert "added up beyond the floor" in REPORTS.get(name)(results).decode()
     assert not added_up(Results(run=run, findings=CLEAN[:1], summary=summary))
+
+
+def test_what_the_free_run_hides_fails_by_its_local_error() -> None:
+    hidden = msgspec.structs.replace(CLEAN[0], local=Local(verdict="fail", metric="rel_l2", value=3.0, culprit=True))
+    found = expose(hidden)
+    assert (found.verdict, found.origin, found.metric, found.value) == ("fail", "introduced", "rel_l2", 3.0)
+    assert "hides it" in found.message
+    assert [expose(f) for f in CLEAN] == CLEAN
