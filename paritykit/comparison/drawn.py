@@ -23,10 +23,11 @@ from paritykit.comparison.noise import Floats, Noise
 PRIOR = 10.0
 """Degrees of freedom of the variance that is known before: between the draws of five tiny models, 1,600 points in
 float32 and bfloat16, variances scatter as if it had 4 to 34."""
-WORST_ROW, WORST_CHANNEL, OWN_SCALE = 1, 2, 2
-"""Independent numbers beside those of a single row or channel, or of their factors. Between draws the variance of the
-worst row's, the worst channel's and the factors' was 0.08 to 0.24, 0.05 to 0.09 and 0.30 to 0.54 of one over these
-(medians, same points), but other ways to sum differ more: a token of a correct attention was 3.7 times the draws."""
+WORST_CHANNEL, OWN_SCALE = 2, 2
+"""Independent numbers beside those of a single channel, or of factors; the worst row counts as a single one. Between
+draws the variance of the worst row's, the worst channel's and the factors' was 0.08 to 0.24, 0.05 to 0.09 and 0.30 to
+0.54 of one over those numbers (medians, same points), but other ways to sum differ more: a token of a correct attention
+was 3.7 times the draws."""
 FEW = 50.0
 """Independent numbers that are taken to be there at least. Where a sink has all the energy there are fewer, and how far
 these scatter the draws say: trained models have many such points, most of them calm."""
@@ -75,7 +76,7 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     logs = np.log(np.maximum(draws.row, least)).mean(1)
     middle = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
     yield _guard("typical_rel_l2", middle, np.exp(logs), numbers=noise.rows * wide, chance=chance)
-    yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=WORST_ROW * wide, chance=chance)
+    yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=wide, chance=chance)
     floors = np.maximum(draws.channel, max(float(np.median(draws.channel)), least))
     seen, numbers = np.asarray(candidate.channel), WORST_CHANNEL * tall
     yield _worst("channel_rel_l2", seen, floors, draws.numbers[0], numbers=numbers, chance=chance)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -163,7 +164,7 @@ class EnsembleWriter:
         (folder / INDEX).write_bytes(msgspec.json.encode(index))
 
 
-def _open_tensors(path: Path):  # type: ignore[no-untyped-def]
+def _open_tensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
