@@ -6,6 +6,7 @@ text comes back. Torch-free.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sysconfig
@@ -99,14 +100,17 @@ def _last_error(log: str) -> str:
 
 
 def keep_log(log: str) -> Path | None:
-    """Write a log to where it stays and return the file; None where that cannot be."""
+    """Write a log to where it stays and return the file; None where that cannot be, and then nothing is left of it."""
     folder = Path(tempfile.gettempdir()) / f"paritykit-logs-{os.getuid()}"
+    file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         file.write_text(log, encoding="utf-8")
         for old in sorted(folder.glob("*.log"))[:-KEPT]:
             old.unlink(missing_ok=True)
     except OSError:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+            folder.rmdir()
         return None
     return file

@@ -50,6 +50,7 @@ class Ground:
     hosts: HostPool = field(default_factory=HostPool)
     _open: dict[str, Any] = field(default_factory=dict)
     _sides: dict[str, Sides] = field(default_factory=dict)
+    _local: list[Path] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def make(self, engine: str, model: Path, *, hosts: HostPool | None = None, **arguments: Any) -> Any:
@@ -108,7 +109,9 @@ class Ground:
 
             def draw(feed: Feed, names: list[str]) -> Ensemble:
                 some = [c for c in todo if c.id in names]
-                return self._draw(self.engine("hf", model, dtype=dtype), some, truth, feed=feed)
+                drawn = self._draw(self.engine("hf", model, dtype=dtype), some, truth, feed=feed)
+                self._local.append(drawn.path)
+                return drawn
 
             self._sides[key] = Sides(truth, twin, ensemble, todo, draw)
         return self._sides[key]
@@ -120,6 +123,11 @@ class Ground:
     def drop(self, *captures: Capture) -> None:
         """Remove captures that are not looked at any more."""
         self.remove(*(c.path for c in captures))
+
+    def drop_local(self) -> None:
+        """Remove what was drawn for the modules of one candidate."""
+        self.remove(*self._local)
+        self._local.clear()
 
     def remove(self, *folders: Path) -> None:
         """Remove folders, also those that are not there."""

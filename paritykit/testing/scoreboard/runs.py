@@ -135,6 +135,7 @@ def _judged(
     if fault is not None and fault.kind != "null" and outcome.found_by:
         outcome = placed(outcome, results, sides, fault=fault, layer=layer)
     ground.drop(candidate)
+    ground.drop_local()
     return outcome
 
 
