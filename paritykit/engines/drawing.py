@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from paritykit.captures.feeder import Feeder
 from paritykit.captures.layout import DenseLayout
@@ -96,6 +97,10 @@ class DrawMeter:
         if key in self._now or key in self._gone:
             return
         self._now.add(key)
+        with _disable_current_modes():  # measuring is no part of what is drawn
+            self._measure(key, tensor)
+
+    def _measure(self, key: str, tensor: torch.Tensor) -> None:
         length = len(tensor) // self._copies
         truth = own_rows(self._truth, key, self._case, 0, length)
         rows = tensor.reshape(self._copies, length, -1)
