@@ -132,16 +132,16 @@ def declared_otherwise(subject: WeightSubject) -> Iterator[Problem]:
     equal = {n: (n, None) for n in subject.by_tensor if n in known}
     for name, (parameter, part) in {**equal, **subject.expected.declared}.items():
         places = subject.by_tensor.get(name, [])
-        homes = {x.parameter for x in places}
-        homes |= {a for home in homes for a in subject.aliases.get(home, [])}
         if not places or parameter not in known:
             continue
-        if parameter not in homes:
+        there = [x for x in places if parameter in subject.names_of(x.parameter)]
+        if not there:
+            homes = {other for x in places for other in subject.names_of(x.parameter)}
             how = "declared for" if name in subject.expected.declared else "named like"
             text = f"{how} {parameter}, but landed in {', '.join(sorted(homes))}"
             yield Problem(code="wrong-slice", name=name, message=f"{name}: {text}")
         elif part is not None and subject.parts(parameter):
-            seen = {subject.part_of(x) for x in places if x.parameter == parameter}
+            seen = {subject.part_of(x) for x in there}
             if seen != {part}:
                 text = f"declared as part {part} of {parameter}, but landed in part {_listed(seen)} of it"
                 yield Problem(code="wrong-order", name=name, message=f"{name}: {text}")
@@ -152,11 +152,11 @@ def _listed(parts: set[int | None]) -> str:
 
 
 def layers_disagree(subject: WeightSubject) -> Iterator[Problem]:
-    """A layer whose parameter is laid out unlike the same parameter of most other layers."""
-    kinds: dict[str, dict[str, set[tuple[object, ...]]]] = defaultdict(lambda: defaultdict(set))
+    """A layer whose parameter is laid out unlike the same parameter, of the same shape, of most other layers."""
+    kinds: dict[object, dict[str, set[tuple[object, ...]]]] = defaultdict(lambda: defaultdict(set))
     for (parameter, rank), landings in subject.by_parameter.items():
         for x in landings:
-            kinds[pattern(parameter)][parameter].add(
+            kinds[pattern(parameter), subject.parameters[parameter, rank].shape][parameter].add(
                 (pattern(x.tensor), subject.shards[rank], x.source, x.target, x.axes, x.change)
             )
     for members in kinds.values():

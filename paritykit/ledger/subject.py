@@ -119,6 +119,16 @@ class WeightSubject:
                 found[p.same_as].append(p.name)
         return found
 
+    def names_of(self, parameter: str) -> list[str]:
+        """A parameter's name, then the other names of the same memory."""
+        return list(dict.fromkeys([parameter, *self._alike.get(parameter, [])]))
+
+    @cached_property
+    def _alike(self) -> dict[str, list[str]]:
+        """Every name of a parameter that has several, to all of them."""
+        groups = ([first, *others] for first, others in self.aliases.items())
+        return {name: group for group in groups for name in group}
+
     @property
     def gaps(self) -> list[Gap]:
         """What no tensor explains."""
@@ -174,4 +184,5 @@ class WeightSubject:
 
     def parts(self, parameter: str) -> list[Part]:
         """The parts of a fused parameter, in order along its axis of that size; empty where it has none."""
-        return self.expected.fused.get(parameter.rpartition(".")[0], [])
+        modules = (name.rpartition(".")[0] for name in self.names_of(parameter))
+        return next((self.expected.fused[m] for m in modules if m in self.expected.fused), [])

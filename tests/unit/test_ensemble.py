@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from paritykit.engines.drawing import _joined, _measured
 from paritykit.engines.redraw import Redrawing
 from paritykit.errors import CaptureFormatError
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 DRAWS, ROWS, FEATURES, FLOOR = 8, 60, 64, 1e-2
 LUCK = each_chance(2000)
 
@@ -126,16 +128,55 @@ def test_roundings_are_drawn_anew_and_as_large_as_they_are(dtype: torch.dtype) -
             found = _stack(layers, x.expand(8, -1, -1))
         truth = _stack([copy.deepcopy(layer).to(wide) for layer in layers], x.to(wide))
     error = [(c.to(wide) - truth[0]).norm() / truth.norm() for c in found]
-    own = (plain.to(wide) - truth).norm() / truth.norm()
+    own = max((x.to(wide) - truth).norm() / truth.norm() for x in (plain, _stack(layers, x, product=in_order)))
     assert all(0.7 * own < e < 1.7 * own for e in error)
     assert len({float(e) for e in error}) == 8
     assert found.dtype == dtype
 
 
-def _stack(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
+def _stack(layers: list[nn.Linear], x: torch.Tensor, *, product: Product | None = None) -> torch.Tensor:
     for layer in layers:
-        x = torch.tanh(layer(x)) * 2
+        x = torch.tanh(layer(x) if product is None else product(x, layer.weight.t()) + layer.bias) * 2
     return x
+
+
+def in_order(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product in float32 whose terms are added one after the other."""
+    found, left, right = torch.zeros(*left.shape[:-1], right.shape[-1]), left.float(), right.float()
+    with torch.no_grad():
+        for k in range(left.shape[-1]):
+            found.addcmul_(left[..., k : k + 1], right[..., k : k + 1, :])
+    return found
+
+
+@pytest.mark.parametrize(("rows", "length", "columns"), [(40, 576, 64), (1, 1536, 300), (64, 40, 64), (3, 64, 1)])
+@pytest.mark.parametrize("how", ["mm", "addmm", "bmm", "mv"])
+def test_sums_of_float32_are_drawn_as_large_as_in_their_longest_order(
+    how: str, rows: int, length: int, columns: int
+) -> None:
+    torch.manual_seed(rows)
+    rows, columns = (max(rows, 40), 1) if how == "mv" else (rows, columns)
+    left, right = torch.randn(2, rows, length), torch.randn(2, length, columns)
+    if how == "bmm":
+        call = lambda: left @ right  # noqa: E731
+    elif how == "mv":
+        call = lambda: torch.stack([torch.mv(a, b[:, 0]) for a, b in zip(left, right, strict=True)])[..., None]  # noqa: E731
+    else:
+        zero = torch.zeros(columns)
+        product = torch.mm if how == "mm" else lambda a, b: torch.addmm(zero, a, b)
+        call = lambda: torch.stack([product(a, b) for a, b in zip(left, right, strict=True)])  # noqa: E731
+    truth = left.double() @ right.double()
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.double() - truth).norm() / truth.norm())
+
+    found = []
+    for seed in range(8):
+        with Redrawing(seed):
+            found.append(call())
+    serial = error(torch.stack([in_order(*x) for x in zip(left, right, strict=True)]))
+    drawn = sum(map(error, found)) / 8
+    assert 0.8 * serial < drawn < 1.7 * max(serial, error(call()))
 
 
 def test_the_same_seed_draws_the_same() -> None:

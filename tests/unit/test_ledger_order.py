@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from paritykit.ledger.order import wrong_order
+from paritykit.ledger.order import layers_disagree, wrong_order
 from paritykit.ledger.problem import Problem
 from paritykit.ledger.problems import find_problems
 from paritykit.ledger.subject import Expected, WeightSubject
@@ -161,6 +161,33 @@ def test_declared_for_another_name_of_the_same_memory() -> None:
     assert problems(toy, expected=toy.expected(declared={"embed.weight": ("head.weight", None)})) == []
 
 
+@pytest.mark.parametrize(("fault", "wanted"), [
+    (swapped("nothing", "here"), {}),
+    (swapped("1.mlp.gate_proj", "1.mlp.up_proj"),
+     {"layers.1.mlp.gate_proj.weight": {"wrong-order"}, "layers.1.mlp.up_proj.weight": {"wrong-order"}}),
+])  # fmt: skip
+def test_declared_as_a_part_of_another_name_of_the_same_memory(fault: Fault, wanted: dict[str, set[str]]) -> None:
+    """The engine reaches one module over two paths, and its rules speak of the second one."""
+    toy = Toy()
+    expected = toy.expected()
+    second = [
+        ParameterInfo(name=f"also.{n}.gate_up_proj.weight", shape=(24, 8), dtype="float32", same_as=name)
+        for n in range(3)
+        for name in [f"layers.{n}.mlp.gate_up_proj.weight"]
+    ]
+    declared = {
+        name: (f"also.{parameter.split('.')[1]}.gate_up_proj.weight", part) if "gate_up" in parameter else home
+        for name, home in expected.declared.items()
+        for parameter, part in [home]
+    }
+    fused = {f"also.{m.split('.')[1]}.gate_up_proj" if "gate_up" in m else m: p for m, p in expected.fused.items()}
+    made = subject(toy, expected=msgspec.structs.replace(expected, declared=declared, fused=fused), fault=fault)
+    (ledger,) = made.ledgers
+    whole = msgspec.structs.replace(ledger.found, parameters=[*ledger.found.parameters, *second])
+    told = find_problems(WeightSubject([msgspec.structs.replace(ledger, found=whole)], made.expected))
+    assert codes(told) == wanted
+
+
 def test_a_tensor_that_spans_parts() -> None:
     toy = Toy()
     name = "layers.0.mlp.gate_proj.weight"
@@ -183,6 +210,24 @@ def test_a_layer_unlike_the_others(ranks: int) -> None:
     assert found[0].message == f"{kind.format(1)} is filled otherwise than {kind.format(0)} and 1 more like it"
     both = replace(toy, layers=2)
     assert problems(both, expected=both.expected(declared={}), fault=swapped("1.attn.k_proj", "1.attn.v_proj")) == []
+
+
+def filled(*shapes: int, back: int | None = None) -> list[Problem]:
+    """A vector for each layer, as long as ``shapes`` say, that arrived whole; backwards in layer ``back``."""
+    landings, infos = [], []
+    for n, length in enumerate(shapes):
+        name = f"layers.{n}.norm.weight"
+        place = Span(length - 1, 0, -1) if n == back else Span(0, length)
+        landings.append(Landing(tensor=name, parameter=name, source=(place,), target=(Span(0, length),), axes=(0,)))
+        infos.append(ParameterInfo(name=name, shape=(length,), dtype="float32"))
+    tensors = {p.name: TensorInfo(shape=p.shape, dtype=p.dtype) for p in infos}
+    found = WeightMap(tensors=tensors, parameters=infos, landings=landings)
+    return list(layers_disagree(WeightSubject([RankLedger(rank=0, found=found)], Expected())))
+
+
+def test_layers_of_another_shape_are_filled_in_their_own_way() -> None:
+    assert filled(4, 4, 8, 4) == []
+    assert [p.name for p in filled(4, 4, 8, 4, back=1)] == ["layers.1.norm.weight"]
 
 
 def by_hand(*sources: tuple[int, Span, Span]) -> list[Problem]:
