@@ -1,6 +1,7 @@
 """Facts about the machine and the environment, cheap to get and in need of no library.
 
-Each function returns the fields of a doctor's check: ``name``, ``status``, ``detail`` and, where there is one, ``fix``.
+But for ``free_memory``, each function returns the fields of a doctor's check: ``name``, ``status``, ``detail`` and,
+where there is one, ``fix``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal, TypedDict
 import psutil
 
 GIB = 1 << 30
+CGROUP = Path("/sys/fs/cgroup")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
@@ -85,6 +87,16 @@ def settings(environ: Mapping[str, str]) -> Fact:
     found = sorted(name for name in environ if name.startswith("VLLM_"))
     shown = [name if name.endswith(SECRETS) else f"{name}={environ[name]}" for name in found]
     return {"name": "VLLM_*", "status": "ok", "detail": ", ".join(shown) or "none set"}
+
+
+def free_memory(group: Path = CGROUP) -> int:
+    """Bytes that may still be taken: what the machine has, and what the control group's limit leaves of it."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        most, now = ((group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return min(free, int(most) - int(now))
+    except (OSError, ValueError):  # no such file system, or a limit of "max"
+        return free
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Fact:

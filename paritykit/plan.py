@@ -22,11 +22,18 @@ from paritykit.engines.process import HostPool, HostProcess, ProcessEngine
 from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.floor_file import FloorFile, floor_of
+from paritykit.machine import free_memory
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import cases_for, resolve_model
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
 from paritykit.runner import Session
 from paritykit.store import key_of, open_store
+
+COPIES = 10
+"""Times the checkpoint's size that two engines take at most: of a checkpoint in bfloat16 the reference four in float64
+and one while it loads, the candidate two in float32 and as many again for kernels that pack weights; one to spare."""
+BESIDE = 8 << 30
+"""Bytes of two engines whatever their weights: libraries, vLLM's cache on a CPU (4 GiB), activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,14 @@ class Plan:
             closing=hosts.stop,
             explain=self.explain,
             local=self.local,
+            together=self.fits_together(),
         )
+
+    def fits_together(self) -> bool:
+        """Whether memory and cores take both engines at once; one on an accelerator leaves no other room there."""
+        on_cpu = str(self.reference_args.get("device", "cpu")) == "cpu"
+        files = sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
+        return on_cpu and (os.cpu_count() or 1) > 1 and COPIES * files + BESIDE < free_memory()
 
     def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
         """The candidate with these arguments in place of its own, not started. Raises UsageError.

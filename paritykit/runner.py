@@ -1,4 +1,4 @@
-"""The only wiring: engines are opened one after the other, captured, compared, judged, and the records put together."""
+"""The only wiring: engines are run one after the other, captured, compared, judged, and the records put together."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from paritykit.config import Config, load_config
 from paritykit.diagnose.accumulated import accumulate
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
+from paritykit.engines.process import ProcessEngine
 from paritykit.errors import UsageError
 from paritykit.invariance.judge import add_findings
 from paritykit.invariance.laboratory import Laboratory
@@ -62,7 +63,7 @@ class Session:
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
     candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
-    fails, with ``local`` in every case.
+    fails, with ``local`` in every case. With ``together`` the candidate's process starts while the reference runs.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Session:
         closing: Callable[[], None] | None = None,
         explain: bool = True,
         local: bool = False,
+        together: bool = False,
     ) -> None:
         self._local = local
+        self._together = together
         self._closing = closing
         self._explain = explain
         self._checkpoint = checkpoint
@@ -97,7 +100,7 @@ class Session:
         self._starts: dict[str, int] = {}
         self._reference = reference if isinstance(reference, Reference) else Reference(truth=Role(engine=reference))
         self._reference.prepare(folder=Path(self._folder.name), cases=cases, progress=progress)
-        self._opened = False
+        self._opened = self._begun = False
         self._free: dict[str, list[int]] | None = None
         self.notes: list[str] = []
 
@@ -110,8 +113,8 @@ class Session:
     def close(self) -> None:
         """Close what is open and remove the captures."""
         self._reference.close()
-        if self._opened:
-            self._opened = False
+        if self._opened or self._begun:
+            self._opened = self._begun = False
             self._candidate.close()
         if self._pool is not None:
             self._pool.close()
@@ -172,6 +175,8 @@ class Session:
         names = list(checks)
         loaded = [CHECKS.get(name) for name in names]
         cased = [c.name for c in loaded if isinstance(c, Check)]
+        if cased:
+            self._begin()
         subject = self.subject if cased else None
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.examine(c) for c in loaded if isinstance(c, ReferenceCheck)]
@@ -351,6 +356,12 @@ class Session:
         assert self._checkpoint is not None
         ranks = self._opened_candidate().describe().parallel.get("tensor_parallel_size", 1)
         return audit(self._checkpoint.path, tensor_parallel_size=ranks, progress=self._progress)
+
+    def _begin(self) -> None:
+        """Let the candidate's process start beside the reference, where it has one of its own and that is wanted."""
+        if self._together and not self._opened and isinstance(self._candidate, ProcessEngine):
+            self._begun = True
+            self._candidate.begin()
 
     def _opened_candidate(self) -> Engine:
         if not self._opened:

@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from paritykit.captures.manifest import MANIFEST, Manifest, Piece, Point, decode_manifest
+from paritykit.captures.mapped import MappedFile
 from paritykit.captures.stream import digest_tensor
 from paritykit.case import Case
 from paritykit.errors import CaptureFormatError, UnknownNameError
@@ -38,7 +39,7 @@ class Capture:
         self.manifest = manifest
         self._verify = verify
         self._verified: set[tuple[int, str]] = set()
-        self._handles: dict[int, Any] = {}
+        self._handles: dict[int, MappedFile] = {}
         self._spans: dict[tuple[str, int, str], list[Span]] = {}
 
     @classmethod
@@ -103,7 +104,7 @@ class Capture:
         """The tensor of ``piece``, ``[tokens, ...]``, mapped from its file. Raises CaptureFormatError if damaged."""
         name = self.manifest.files[piece.file].name
         try:
-            tensor: torch.Tensor = self._handle(piece).get_tensor(piece.name)
+            tensor = self._handle(piece).tensor(piece.name)
         except (SafetensorError, OSError) as error:
             raise CaptureFormatError(f"{self.path}: {name} cannot be read: {error}") from error
         if self._verify and (piece.file, piece.name) not in self._verified:
@@ -115,11 +116,10 @@ class Capture:
     def part(self, piece: Piece, row: int, length: int) -> torch.Tensor:
         """``length`` rows of ``piece`` from ``row``, ``[tokens, ...]``; only these are read, no digest is checked."""
         try:
-            tensor: torch.Tensor = self._handle(piece).get_slice(piece.name)[row : row + length]
+            return self._handle(piece).tensor(piece.name)[row : row + length]
         except (SafetensorError, OSError) as error:
             name = self.manifest.files[piece.file].name
             raise CaptureFormatError(f"{self.path}: {name} cannot be read: {error}") from error
-        return tensor
 
     def rows(self, key: str, case: str, *, rank: int | None = None) -> torch.Tensor:
         """All rows of one point and case in order of position, ``[tokens, ...]``: a copy, for looking at.
@@ -148,11 +148,10 @@ class Capture:
     def __iter__(self) -> Iterator[str]:
         return iter(self.points)
 
-    def _handle(self, piece: Piece) -> Any:
+    def _handle(self, piece: Piece) -> MappedFile:
         """The file of ``piece``, mapped. Raises SafetensorError or OSError."""
         if piece.file not in self._handles:
-            path = self.path / self.manifest.files[piece.file].name
-            self._handles[piece.file] = safe_open(path, framework="pt")
+            self._handles[piece.file] = MappedFile(self.path / self.manifest.files[piece.file].name)
         return self._handles[piece.file]
 
     @cached_property

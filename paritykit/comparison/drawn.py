@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from statistics import NormalDist
 
 import msgspec
@@ -18,7 +19,7 @@ import numpy as np
 
 from paritykit.comparison.ensemble import PointDraws
 from paritykit.comparison.guard import CHANNEL_DEGREES, DEGREES, LEAST_PART, PEAKED, Guard
-from paritykit.comparison.noise import Floats, Noise
+from paritykit.comparison.noise import Floats, Noise, median
 
 PRIOR = 10.0
 """Degrees of freedom of the variance that is known before: between the draws of five tiny models, 1,600 points in
@@ -45,6 +46,7 @@ beyond its limit in the free run, and one on the reference's own values, whose r
 then has the root of it."""
 
 
+@lru_cache(maxsize=1024)
 def quantile(chance: float, degrees: float) -> float:
     """How many spreads a new number is beyond the mean with this chance, one-sided: Student's t.
 
@@ -77,7 +79,7 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     middle = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
     yield _guard("typical_rel_l2", middle, np.exp(logs), numbers=noise.rows * wide, chance=chance)
     yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=wide, chance=chance)
-    floors = np.maximum(draws.channel, max(float(np.median(draws.channel)), least))
+    floors = np.maximum(draws.channel, max(median(draws.channel), least))
     seen, numbers = np.asarray(candidate.channel), WORST_CHANNEL * tall
     yield _worst("channel_rel_l2", seen, floors, draws.numbers[0], numbers=numbers, chance=chance)
     bias = TRUNCATED * least if draws.differ else 0.0
@@ -121,7 +123,7 @@ def _worst_row(ours: Floats, drawn: Floats, *, least: float, numbers: float, cha
 
 def _floors(logs: Floats) -> Floats:
     """Of rows, in logarithms: no row's is below the median one's."""
-    found: Floats = np.maximum(logs, float(np.median(logs)))
+    found: Floats = np.maximum(logs, median(logs))
     return found
 
 

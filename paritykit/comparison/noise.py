@@ -101,9 +101,21 @@ def share_of(dots: Floats, over: Floats) -> float:
 def scales_of(squares: Floats, *, least: float) -> Floats:
     """What errors of rows or channels are held against: their truth's norm, or ``least`` of the median one's."""
     sizes = np.sqrt(squares)
-    median = float(np.median(sizes[sizes > 0])) if sizes.any() else 1 / least
-    found: Floats = np.maximum(sizes, least * median)
+    typical = median(sizes[sizes > 0]) if sizes.any() else 1 / least
+    found: Floats = np.maximum(sizes, least * typical)
     return found
+
+
+def median(numbers: Floats) -> float:
+    """The middle one of a vector's numbers. Numpy's own takes ten times as long for a few thousand.
+
+    >>> median(np.array([3.0, 1.0, 2.0])), median(np.array([4.0, 1.0]))
+    (2.0, 2.5)
+    """
+    middle = len(numbers) // 2
+    parted = np.partition(numbers, middle)
+    upper = float(parted[middle])
+    return upper if len(numbers) % 2 else (float(parted[:middle].max()) + upper) / 2
 
 
 def divide(value: float, over: float, *, empty: float = 1.0) -> float:

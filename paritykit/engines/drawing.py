@@ -21,7 +21,7 @@ from paritykit.captures.recorder import Recorder, Selection
 from paritykit.case import Case
 from paritykit.comparison.align import own_rows
 from paritykit.comparison.ensemble import EnsembleWriter, PointDraws
-from paritykit.comparison.noise import LEAST_CHANNEL, Floats, scales_of, share_of
+from paritykit.comparison.noise import LEAST_CHANNEL, Floats, median, scales_of, share_of
 from paritykit.comparison.spread import sums_of
 from paritykit.engines.base import Progress
 from paritykit.engines.kv import CacheReading
@@ -162,7 +162,7 @@ def _joined(copies: list[_Copy]) -> PointDraws:
     truth, channels = copies[0].truth
     squares = np.stack([c.columns[0] for c in copies])
     total, scale, size = squares.sum(0), scales_of(channels, least=LEAST_CHANNEL), float(np.sqrt(truth.sum())) or 1.0
-    typical = np.median(np.sqrt(squares) / scale) or np.finfo(np.float64).tiny
+    typical = median((np.sqrt(squares) / scale).ravel()) or np.finfo(np.float64).tiny
     numbers = []
     for copy, own in zip(copies, squares, strict=True):
         others = np.sqrt((total - own) / max(len(copies) - 1, 1)) / scale

@@ -60,11 +60,25 @@ class HostProcess:
 
     def ask(self, order: Order, *, progress: Progress | None = None) -> Done:
         """Send an order and wait for its answer. Raises what the engine raised; EngineError if the process died."""
+        self.begin(order)
+        return self.finish(progress=progress)
+
+    def begin(self, order: Order) -> None:
+        """Send an order. ``finish`` waits for its answer, before the next order."""
         if self._process is None:
             self._start()
         self._begun = len(self._printed())
         try:
             self._orders.send_bytes(encode(order))
+        except OSError:
+            pass  # it has died, and finish says so
+        except BaseException:
+            self.kill()
+            raise
+
+    def finish(self, *, progress: Progress | None = None) -> Done:
+        """Wait for the answer to what was begun. Raises as ``ask`` does."""
+        try:
             while isinstance(answer := self._receive(), Working):
                 if progress:
                     progress(answer.what, answer.done, answer.total)
@@ -205,10 +219,21 @@ class ProcessEngine:
         self.host = host or HostProcess()
         self._shared = host is not None
         self._side: Side | None = None
+        self._begun = False
+
+    def begin(self) -> None:
+        """Let the process start and load the model while others work; ``open`` waits for it.
+
+        A process that runs already may be at work for another engine, so there ``open`` does it all.
+        """
+        if not self.host.running:
+            self._begun = True
+            self.host.begin(self._order)
 
     def open(self) -> None:
         """Start the process and load the model."""
-        answer = self.host.ask(self._order)
+        begun, self._begun = self._begun, False
+        answer = self.host.finish() if begun else self.host.ask(self._order)
         self._side, self.capabilities = answer.side, frozenset(answer.capabilities)
         self.variations = answer.variations
 
@@ -270,7 +295,10 @@ class ProcessEngine:
     def close(self) -> None:
         """Close the engine, and its process unless that is shared."""
         opened, self._side = self._side is not None, None
-        if not self._shared:
+        begun, self._begun = self._begun, False
+        if begun:
+            self.host.kill()
+        elif not self._shared:
             self.host.stop()
         elif opened and self.host.running:
             self.host.ask(Close())

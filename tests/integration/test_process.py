@@ -19,6 +19,7 @@ from paritykit.case import Case
 from paritykit.cli import execute
 from paritykit.engines.process import HostProcess, ProcessEngine
 from paritykit.errors import EngineError, UnknownNameError, UsageError
+from paritykit.runner import Session
 from paritykit.testing import tiny_model
 from tests.integration.own_engines import MARK
 
@@ -252,3 +253,55 @@ def test_errors_keep_their_kind(hosts: dict[str, HostProcess], tmp_path: Path, m
     log = Path(str(caught.value).rpartition("whole log: ")[2])
     assert "ZeroDivisionError: a defect of the factory" in log.read_text()
     assert hosts["hf"].running
+
+
+def test_an_engine_that_was_begun_loads_while_others_work(mark: Path, tmp_path: Path, model: str) -> None:
+    host = HostProcess()
+    engine = ProcessEngine("hf", model, {"dtype": "float32"}, host=host)
+    engine.begin()
+    engine.begin()  # it is at work already
+    engine.open()
+    assert engine.describe().dtype == "float32"
+    assert engine.run(CASES, points=Selection(["lm_head"]), out=tmp_path / "capture").points
+    host.stop()
+
+
+def test_an_engine_that_was_begun_tells_its_error_when_it_is_opened(model: str) -> None:
+    engine = ProcessEngine("hf", model, {"padding": "right"})
+    engine.begin()
+    with pytest.raises(UsageError, match="padding must be 'none' or 'left', not 'right'"):
+        engine.open()
+    engine.close()
+    assert not engine.host.running
+
+
+def test_closing_an_engine_that_was_begun_ends_it(mark: Path, model: str) -> None:
+    others = set(psutil.Process().children(recursive=True))
+    engine = ProcessEngine(OWN + "stuck_opening", model, {})
+    engine.begin()
+    family = [p for p in psutil.Process().children(recursive=True) if p not in others]
+    assert family
+    wait_for(mark.exists, what="the engine is stuck")
+    engine.close()
+    assert alive(family) == []
+
+
+def test_an_engine_is_not_begun_in_a_process_at_work(hosts: dict[str, HostProcess], model: str) -> None:
+    first = ProcessEngine("hf", model, {"dtype": "float32"}, host=hosts["hf"])
+    first.open()
+    second = ProcessEngine("hf", model, {"dtype": "bfloat16"}, host=hosts["hf"])
+    second.begin()
+    assert first.describe().dtype == "float32"
+    first.close()
+    second.open()
+    assert second.describe().dtype == "bfloat16"
+    second.close()
+
+
+def test_a_reference_that_fails_ends_the_candidate_that_was_begun(mark: Path, tmp_path: Path, model: str) -> None:
+    candidate = ProcessEngine(OWN + "stuck_opening", model, {})
+    reference = ProcessEngine(OWN + "defective", model, {})
+    session = Session(reference=reference, candidate=candidate, cases=CASES, together=True)
+    with pytest.raises(EngineError, match="a defect of the factory"), session:
+        session.results(["modules"])
+    assert not candidate.host.running

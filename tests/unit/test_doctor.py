@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 from rich.console import Console
 
@@ -204,6 +205,16 @@ def test_machine_facts(tmp_path: Path) -> None:
     assert machine.chromium(secret)["detail"] == str(browser)
     (tmp_path / "cpuinfo").write_text("processor : 0\nflags\t: fpu avx512f amx_bf16\n")
     assert machine.processor(tmp_path / "cpuinfo")["detail"].endswith("avx512f amx_bf16")
+
+
+def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
+    free = machine.free_memory(tmp_path / "none")
+    assert 0 < free <= psutil.virtual_memory().total
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("1500\n")
+    assert machine.free_memory(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_memory(tmp_path) > 500
 
 
 def test_printed_and_as_json() -> None:
