@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from benchmarks.matrix.page import write_page
 from benchmarks.matrix.row import Row, Task, left, read_rows
 from benchmarks.matrix.sweep import run_tasks
 from paritykit.errors import ParityError, UnknownNameError
-from paritykit.testing.drawn.catalogue import vllm_classes
+from paritykit.testing.drawn.catalogue import sample, vllm_classes
 from paritykit.testing.scoreboard.command import read_shard
 from paritykit.testing.scoreboard.loop import digest_source
 
@@ -60,15 +59,6 @@ def make_tasks(classes: dict[str, str], options: dict[str, Any]) -> list[Task]:
     names = names[number - 1 :: count]
     own = {"seed": options["seed"], "explain": not options["no_explain"]}
     return [Task(model_type=n, dtype=dtype, **own) for dtype in options["dtypes"] or DTYPES for n in names]
-
-
-def sample(names: Sequence[str], size: int, *, seed: int) -> list[str]:
-    """So many of ``names``, drawn by ``seed``: the same on every machine, whatever else is in the list.
-
-    >>> sample(["a", "b", "c"], 2, seed=1) == sample(["c", "b", "a"], 2, seed=1)
-    True
-    """
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())[:size]
 
 
 def tell(number: int, total: int, row: Row) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.matrix.command import DTYPES, sample
+from benchmarks.matrix.command import DTYPES
 from benchmarks.matrix.row import Row, Task
 from benchmarks.matrix.sweep import Worker
-from paritykit.testing.drawn.catalogue import vllm_classes
+from paritykit.testing.drawn.catalogue import sample, vllm_classes
 
 SEED = int(os.environ.get("PARITYKIT_SEED", "0"))
 SIZE = int(os.environ.get("PARITYKIT_SAMPLE", "6"))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.matrix.command import execute, sample
+from benchmarks.matrix.command import execute
 from benchmarks.matrix.page import render
 from benchmarks.matrix.pair import outcome_of
 from benchmarks.matrix.row import Row, Task, add_row, left, read_rows
 from paritykit.errors import EngineError, UsageError
+from paritykit.testing.drawn.catalogue import sample
 
 AGREE = {"modules": "fail", "logits": "pass", "tokens": "pass"}
 

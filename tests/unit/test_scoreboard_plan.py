@@ -12,7 +12,7 @@ from paritykit.engines.nano.config import NanoConfig
 from paritykit.errors import UnknownNameError
 from paritykit.testing import TINY_FAMILIES, nano_families
 from paritykit.testing.faults import FAULTS, Fault, find
-from paritykit.testing.scoreboard.models import MODELS, config_of, homes
+from paritykit.testing.scoreboard.models import MODELS, TRAINED, architectures, config_of, homes
 from paritykit.testing.scoreboard.plan import (
     DTYPES,
     LEVELS,
@@ -23,23 +23,25 @@ from paritykit.testing.scoreboard.plan import (
     conditions,
     fitting,
     make_plan,
+    models_of,
     only_audited,
     order,
     share,
 )
 
 PLAN = make_plan()
+TINY = [t for t in PLAN if t.model in MODELS]
 REAL = [f for _, f in FAULTS.items() if f.kind != "null"]
 
 
 def of(fault: Fault, engine: str) -> list[Trial]:
-    return [t for t in PLAN if t.fault == fault.name and t.engine == engine]
+    return [t for t in TINY if t.fault == fault.name and t.engine == engine]
 
 
 def test_there_is_enough_to_say_something() -> None:
     assert len({t.fault for t in PLAN if t.kind == "fault"}) >= 60
-    assert len({t.model for t in PLAN if t.kind == "fault" and t.engine == "nano"}) == len(nano_families()) >= 6
-    assert len({t.model for t in PLAN if t.kind == "fault" and t.engine == "vllm"}) >= 6
+    assert len({t.model for t in TINY if t.kind == "fault" and t.engine == "nano"}) == len(nano_families()) >= 6
+    assert len({t.model for t in TINY if t.kind == "fault" and t.engine == "vllm"}) >= 6
 
 
 @pytest.mark.parametrize("engine", ["nano", "vllm"])
@@ -59,7 +61,7 @@ def test_every_fault_is_tried_at_every_strength_and_in_both_dtypes_in_one_model(
 def test_many_faults_are_tried_in_several_models_and_every_model_has_many() -> None:
     models = Counter(len({t.model for t in of(f, "nano")}) for f in REAL if "nano" in f.engines)
     assert models[3] > sum(models.values()) / 2
-    assert min(Counter(t.model for t in PLAN if t.kind == "fault").values()) > 40
+    assert min(Counter(t.model for t in TINY if t.kind == "fault").values()) > 40
 
 
 def test_the_whole_has_every_fault_in_every_model_it_fits() -> None:
@@ -67,19 +69,37 @@ def test_the_whole_has_every_fault_in_every_model_it_fits() -> None:
     assert {t.id for t in PLAN} <= {t.id for t in whole}
     for fault in REAL:
         if "vllm" in fault.engines and not only_audited(fault):
-            assert {t.model for t in whole if t.fault == fault.name and t.engine == "vllm"} == set(
-                fitting(fault, "vllm")
-            )
+            trained = [] if alone_sees(fault, "vllm") else fitting(fault, "vllm", TRAINED)
+            assert {t.model for t in whole if t.fault == fault.name and t.engine == "vllm"} == {
+                *fitting(fault, "vllm"),
+                *trained,
+            }
 
 
 @pytest.mark.parametrize("engine", ["nano", "vllm"])
 def test_clean_pairs_are_run_in_every_model_dtype_and_number_of_ranks(engine: str) -> None:
-    clean = [t for t in PLAN if t.kind == "clean" and t.engine == engine]
+    clean = [t for t in TINY if t.kind == "clean" and t.engine == engine]
     assert len(clean) > 40
     families = TINY_FAMILIES if engine == "vllm" else nano_families()
     wanted = {(family, dtype, ranks) for family in families for dtype in DTYPES for ranks in (1, 2)}
     assert {(MODELS[t.model][0], t.dtype, t.ranks) for t in clean if t.when == SMOKE} == wanted
     assert {t.when for t in clean} == {SMOKE, *conditions(engine)}
+
+
+def test_trained_models_have_clean_pairs_and_faults() -> None:
+    faults = [t for t in PLAN if t.kind == "fault" and t.model in TRAINED]
+    assert {t.dtype for t in faults} == {"bfloat16"}
+    assert len({t.fault for t in faults}) > 30
+    assert {t.model for t in faults} == set(models_of("nano", TRAINED)) < set(TRAINED)
+    clean = {(t.engine, t.model, t.dtype) for t in PLAN if t.kind == "clean" and t.model in TRAINED}
+    assert clean == {(e, m, d) for e in ("nano", "vllm") for m in models_of(e, TRAINED) for d in DTYPES}
+
+
+def test_architectures_are_drawn_for_clean_pairs_of_vllm() -> None:
+    found = [t for t in PLAN if t.model.startswith("drawn:")]
+    assert {(t.kind, t.engine, t.ranks) for t in found} == {("clean", "vllm", 1)}
+    assert len({t.model for t in found}) == 50
+    assert architectures() == sorted({t.model for t in found}, key=architectures().index)
 
 
 @pytest.mark.parametrize(("engine", "fault", "checks"), [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -69,6 +71,15 @@ def vllm_classes() -> dict[str, str]:
         elif name not in known and find_class(kind).is_backend_compatible():
             found[kind] = BACKEND
     return found
+
+
+def sample(names: Sequence[str], size: int, *, seed: int) -> list[str]:
+    """So many of ``names``, drawn by ``seed``: the same on every machine, whatever else is in the list.
+
+    >>> sample(["a", "b", "c"], 2, seed=1) == sample(["c", "b", "a"], 2, seed=1)
+    True
+    """
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())[:size]
 
 
 def is_plain(model_type: str) -> bool:

@@ -7,10 +7,10 @@ from paritykit.testing.scoreboard.plan import FP8_TOLERANCE
 
 METHOD = {
     "opening": "How often ParityKit finds what is wrong, says where and why, and keeps quiet where nothing is. "
-    "[Planted faults](faults.md) are mistakes that real engines made in public; each is planted in tiny models, which "
-    "are then compared with Hugging Face as `paritykit run` does. `tox run -e scoreboard` writes this page: no number "
-    "in it is written by hand. Behind each share are its counts, and the interval that holds the true rate 95 times "
-    "of 100 if trials were independent (Wilson).",
+    "[Planted faults](faults.md) are mistakes that real engines made in public; each is planted in tiny models, and "
+    "many in models with trained weights, which are then compared with Hugging Face as `paritykit run` does. `tox run "
+    "-e scoreboard` writes this page: no number in it is written by hand. Behind each share are its counts, and the "
+    "interval that holds the true rate 95 times of 100 if trials were independent (Wilson).",
     "strength": "Most faults have a strength: a share of the wrong result, mixed into the right one. Each is planted "
     "as it is, and cut until its own point is off by ten times and by twice the noise floor. *Found*: a check that the "
     "fault names fails, with the noise floor as the only tolerance. The next two columns are of those found that have "
@@ -25,7 +25,9 @@ METHOD = {
     f"other's {TOP} best, here at every position. A share under *no fault* is one of false alarms.",
     "clean": "The same engines with nothing planted: every tiny model that the engine runs, on one rank and on two, on "
     "the smoke cases and a ragged batch, and models under the conditions that faults need (chunks, small blocks, a "
-    "crowded cache). Null faults run the machinery of planting and change nothing. A *false alarm* is a verdict "
+    "crowded cache). In vLLM also drawn architectures (`drawn:cohere`), made from their config class alone; one whose "
+    "logits differ is told apart, for there the engine computes something else. Null faults run the machinery of "
+    "planting and change nothing. A *false alarm* is a verdict "
     "`fail`; `inconclusive` says that nothing can be said, as where rounding sends a token to another expert.",
     "measured": "Truth is Hugging Face one precision above the candidate on the candidate's weights, the noise floor "
     "that of Hugging Face in the candidate's dtype against it ([verdicts](verdicts.md)). A fault's ratio is the "
@@ -40,7 +42,8 @@ METHOD = {
     f"under that condition a number of the project's own, {FP8_TOLERANCE}, is allowed in the floor's place.\n\n"
     "By default each fault is planted in one model at every strength "
     "in both dtypes, in turn through the models that it fits, in nano and in vLLM; in nano also as it is and at ten "
-    "times the floor in two more models. Faults of files that are found before an engine starts are tried once. "
+    "times the floor in two more models, and each third one in trained weights. Faults of files that are found before "
+    "an engine starts are tried once. "
     "`--full` tries everything everywhere.",
 }
 """Paragraphs by the part of the page that they are in."""

@@ -15,6 +15,12 @@ SECTIONS = {
     ),
     "alarm": ("False alarms", "Nothing is wrong with these pairs.", "what was reported"),
     "broken": ("Trials that could not run", "They count for nothing above.", "why"),
+    "differs": (
+        "Drawn architectures that the engine computes otherwise",
+        "Their logits differ, so the pair is none without a fault.",
+        "first divergence",
+    ),
+    "refused": ("Drawn architectures that one of both engines does not run", "They count for nothing above.", "why"),
     "misplaced": (
         "Faults that were placed elsewhere",
         "Found, and another point was named first.",
@@ -56,7 +62,12 @@ def _table(notes: Sequence[Note], *, said: str) -> str:
     lines = [f"| what | wanted | {said or 'said'} | in |", "|---|---|---|---|"]
     for (name, wanted, text), own in sorted(rows.items()):
         where = "; ".join(_trial(n) for n in own)
-        cells = (f"`{name}`" if own[0].level and own[0].what != "alarm" else name, wanted, text, where)
+        cells = (
+            f"`{name}`" if own[0].level and own[0].what not in ("alarm", "differs", "refused") else name,
+            wanted,
+            text,
+            where,
+        )
         lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|').replace(chr(10), ' ') for c in cells)} |")
     return "\n".join(lines)
 

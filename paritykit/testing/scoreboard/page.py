@@ -9,7 +9,9 @@ import msgspec
 
 from paritykit.errors import UsageError
 from paritykit.results import write_whole
+from paritykit.testing.drawn.named import DRAWN
 from paritykit.testing.faults.page import HEADINGS
+from paritykit.testing.named import REAL
 from paritykit.testing.scoreboard.judges import JUDGES
 from paritykit.testing.scoreboard.method import METHOD
 from paritykit.testing.scoreboard.names import named_sections
@@ -74,13 +76,20 @@ def short(board: Board) -> str:
     loud = total(board.cells, *REQUIRED)
     real = total(board.cells, "loud")
     tried, failed = sum(p.tried for p in board.pairs), sum(p.failed for p in board.pairs)
-    families = sorted({m for names in board.models.values() for m in names})
+    models = {m for names in board.models.values() for m in names}
+    drawn, trained = ({m for m in models if m.startswith(prefix)} for prefix in (DRAWN, REAL))
     broken = sum(n.what == "broken" for n in board.notes)
     return table(
         ("what", "wanted", "measured"),
         [
             ("faults", "60 at least", str(len(board.faults))),
-            ("tiny models", "6 at least", str(len(families))),
+            ("tiny models", "6 at least", str(len(models - drawn - trained))),
+            ("models with trained weights", "", str(len(trained))),
+            (
+                "drawn architectures that both engines run alike",
+                "",
+                str(len(drawn - _told(board, "refused", "differs"))),
+            ),
             ("found, at ten times the noise floor or louder", "all", rate(loud.found, loud.tried)),
             ("false alarms on pairs without a fault", "none on 40 at least", rate(failed, tried)),
             ("the exact point named, of those", "95 % at least", rate(loud.exact, loud.placed)),
@@ -89,6 +98,11 @@ def short(board: Board) -> str:
             ("trials that could not run", "", str(broken)),
         ],
     )
+
+
+def _told(board: Board, *what: str) -> set[str]:
+    """The models of these notes."""
+    return {n.model for n in board.notes if n.what in what}
 
 
 def levels_table(cells: list[Cell]) -> str:

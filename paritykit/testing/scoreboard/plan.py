@@ -10,10 +10,18 @@ import msgspec
 from paritykit.case import Case, cases
 from paritykit.engines.nano.config import NanoConfig
 from paritykit.errors import UnknownNameError
-from paritykit.testing.families import nano_families
+from paritykit.testing.drawn.named import DRAWN
 from paritykit.testing.faults import FAULTS, Fault, find
 from paritykit.testing.faults.conditions import PLAIN, When
-from paritykit.testing.scoreboard.models import MODELS, VOCABULARY, config_of, homes
+from paritykit.testing.scoreboard.models import (
+    MODELS,
+    TRAINED,
+    architectures,
+    config_of,
+    homes,
+    runs_in_nano,
+    vocabulary_of,
+)
 
 ENGINES = ("nano", "vllm")
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +32,7 @@ CAPTURED = ("modules", "logits", "tokens")
 BEFORE_RUNNING = ("checkpoint", "weights")
 SMOKE = "the smoke cases"
 RANKS = (1, 2)
+TRAINED_SHARE = 3
 ALSO = 2
 """Models beside the first that nano has a fault in."""
 MAX_POSITIONS = 512
@@ -78,8 +87,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     def cases(self) -> list[Case]:
         """What is run."""
         if self.condition is None:
-            return cases("smoke", "ragged-batch").resolve(vocab_size=VOCABULARY, max_positions=MAX_POSITIONS)
-        return self.condition.cases(vocab_size=VOCABULARY)
+            named, vocabulary = ("smoke", "ragged-batch"), vocabulary_of(self.model)
+            return cases(*named).resolve(vocab_size=vocabulary, max_positions=MAX_POSITIONS)
+        return self.condition.cases(vocab_size=vocabulary_of(self.model))
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +105,8 @@ class Filter(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = {"engine": ENGINES, "family": MODELS, "dtype": DTYPES, "fault": FAULTS.names()}
+        drawn = architectures() if any(name.startswith(DRAWN) for name in self.models) else []
+        known = {"engine": ENGINES, "family": [*MODELS, *TRAINED, *drawn], "dtype": DTYPES, "fault": FAULTS.names()}
         asked = (self.engines, self.models, self.dtypes, self.faults)
         for (what, names), wanted in zip(known.items(), asked, strict=True):
             for name in wanted:
@@ -125,25 +136,25 @@ def make_plan(*, full: bool = False) -> list[Trial]:
     """All trials: of every fault and model with ``full``, otherwise a share of them that has every fault in it.
 
     That share: each fault in one model at every strength and in both dtypes, in turn through the models that it fits,
-    and in nano as it is and at ten times the floor in two more.
+    and in nano as it is and at ten times the floor in two more. A share
+    of them is planted in trained models too.
     """
     found = [t for engine in ENGINES for t in (*_faults(engine, full=full), *_nulls(engine, full=full))]
     found += [t for engine in ENGINES for t in _clean(engine)]
     return list({t.id: t for t in found}.values())
 
 
-def models_of(engine: str) -> list[str]:
-    """The models that an engine runs."""
-    own = set(nano_families())
-    return [name for name, (family, _) in MODELS.items() if engine != "nano" or family in own]
+def models_of(engine: str, names: Iterable[str] = MODELS) -> list[str]:
+    """Those of the models that an engine runs."""
+    return [name for name in names if engine != "nano" or runs_in_nano(name)]
 
 
-def fitting(fault: Fault, engine: str) -> list[str]:
-    """The models that a fault is planted in, in this engine.
+def fitting(fault: Fault, engine: str, models: Iterable[str] = MODELS) -> list[str]:
+    """Those of the models that a fault is planted in, in this engine.
 
     Of a crowded cache vLLM has none with layers of two kinds: each has blocks of its own, and a few do not go round.
     """
-    names = list(homes(fault))
+    names = list(homes(fault, models))
     if engine == "vllm" and "num_blocks" in fault.when.arguments:
         return [n for n in names if len({layer.window for layer in NanoConfig.read(config_of(n)).layers}) == 1]
     return names
@@ -177,12 +188,27 @@ def _faults(engine: str, *, full: bool) -> Iterator[Trial]:
     for number, fault in enumerate(own):
         if only_audited(fault) and engine != "nano":
             continue
+        yield from _in_trained(fault, engine, number, full=full)
         names = in_turn(fitting(fault, engine), number)
         more = len(names) if full else ALSO if engine == "nano" and not alone_sees(fault, engine) else 0
         for place, name in enumerate(names[: 1 + more]):
             for level in levels_of(fault, all_of_them=full or not place):
                 for dtype in DTYPES[:1] if only_audited(fault) else DTYPES:
                     yield Trial(kind="fault", engine=engine, model=name, dtype=dtype, fault=fault.name, level=level)
+
+
+def _in_trained(fault: Fault, engine: str, number: int, *, full: bool) -> Iterator[Trial]:
+    """A fault in trained models, in bfloat16: in nano each ``TRAINED_SHARE``-th, in one of them."""
+    if (
+        only_audited(fault)
+        or alone_sees(fault, engine)
+        or not (full or (engine == "nano" and not number % TRAINED_SHARE))
+    ):
+        return
+    names = in_turn(fitting(fault, engine, TRAINED), number)
+    for name in names if full else names[:1]:
+        level = "ten" if fault.graded else "loud"
+        yield Trial(kind="fault", engine=engine, model=name, dtype="bfloat16", fault=fault.name, level=level)
 
 
 def levels_of(fault: Fault, *, all_of_them: bool) -> list[str]:
@@ -208,8 +234,10 @@ def _nulls(engine: str, *, full: bool) -> Iterator[Trial]:
 
 
 def _clean(engine: str) -> Iterator[Trial]:
-    """Every model on one and on two ranks, and two models under each condition."""
+    """Every model on one and on two ranks, two models under each condition, trained and drawn ones on one rank."""
     for dtype in DTYPES:
+        for name in (*models_of(engine, TRAINED), *(architectures() if engine == "vllm" else ())):
+            yield Trial(kind="clean", engine=engine, model=name, dtype=dtype, when=SMOKE)
         for name in models_of(engine):
             for ranks in RANKS:
                 yield Trial(kind="clean", engine=engine, model=name, dtype=dtype, when=SMOKE, ranks=ranks)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from paritykit.testing.drawn.named import DRAWN
 from paritykit.testing.scoreboard.outcome import Outcome
 
 LOUD = 10.0
@@ -176,7 +177,7 @@ def count_pairs(outcomes: Iterable[Outcome]) -> list[Pairs]:
     """Pairs without a fault by kind, engine, dtype and ranks."""
     found: dict[tuple[str, str, str, int], Pairs] = {}
     for o in outcomes:
-        if o.error:
+        if o.error or _differs(o):
             continue
         trial, ranks = o.trial, int(o.trial.arguments.get("tensor_parallel_size", 1))
         key = (trial.kind, trial.engine, trial.dtype, ranks)
@@ -191,6 +192,13 @@ def count_pairs(outcomes: Iterable[Outcome]) -> list[Pairs]:
             judges={n: old.judges.get(n, 0) + o.judges.get(n, 0) for n in {**old.judges, **o.judges}},
         )
     return list(found.values())
+
+
+def _differs(outcome: Outcome) -> bool:
+    """Whether the engine computes something else for a drawn architecture: where the logits differ nobody is alarmed
+    for nothing.
+    """
+    return outcome.trial.model.startswith(DRAWN) and outcome.verdict == "fail" and "logits" in outcome.failed
 
 
 def notes_of(outcome: Outcome) -> list[Note]:
@@ -211,7 +219,9 @@ def notes_of(outcome: Outcome) -> list[Note]:
         )
 
     if outcome.error:
-        return [note("broken", said=outcome.error)]
+        return [note("refused" if trial.model.startswith(DRAWN) else "broken", said=outcome.error)]
+    if _differs(outcome):
+        return [note("differs", said=outcome.named)]
     if trial.kind != "fault":
         said = f"{outcome.named}: {', '.join(outcome.failed)}".strip(": ")
         return [note("alarm", said=said)] if outcome.verdict == "fail" else []

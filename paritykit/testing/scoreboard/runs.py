@@ -15,7 +15,7 @@ from paritykit.errors import EngineError, ParityError
 from paritykit.runner import audit_results, weight_results
 from paritykit.testing.faults import Fault, find, planted
 from paritykit.testing.scoreboard.ground import Ground, Sides
-from paritykit.testing.scoreboard.models import homes, model_of
+from paritykit.testing.scoreboard.models import layer_of, model_of
 from paritykit.testing.scoreboard.outcome import Outcome
 from paritykit.testing.scoreboard.places import shown
 from paritykit.testing.scoreboard.plan import LEVELS, Trial, alone_sees, only_audited
@@ -60,7 +60,7 @@ def run_clean(ground: Ground, trial: Trial) -> Outcome:
 
 def run_live(ground: Ground, trial: Trial) -> Outcome:
     """A fault in an open engine, as strong as its level asks for."""
-    fault, layer = find(trial.fault), homes(find(trial.fault))[trial.model]
+    fault, layer = find(trial.fault), layer_of(find(trial.fault), trial.model)
     sides = _sides(ground, trial)
     engine = ground.engine(trial.engine, model_of(trial.model), dtype=trial.dtype, **trial.arguments)
 
@@ -86,7 +86,7 @@ def run_live(ground: Ground, trial: Trial) -> Outcome:
 
 def run_loading(ground: Ground, trial: Trial) -> Outcome:
     """A fault between the files and the engine: the ledger is asked first, as in any run."""
-    fault, layer = find(trial.fault), homes(find(trial.fault))[trial.model]
+    fault, layer = find(trial.fault), layer_of(find(trial.fault), trial.model)
     sides, model = _sides(ground, trial), model_of(trial.model)
     arguments = {"dtype": trial.dtype, **trial.arguments, **fault.arguments(layer=layer)}
     with ground.passing(trial.engine, model, **arguments) as engine:
@@ -98,7 +98,7 @@ def run_loading(ground: Ground, trial: Trial) -> Outcome:
 
 def run_damaged(ground: Ground, trial: Trial) -> Outcome:
     """A fault in the files: they are audited first, and run where that is to find it too."""
-    fault, layer = find(trial.fault), homes(find(trial.fault))[trial.model]
+    fault, layer = find(trial.fault), layer_of(find(trial.fault), trial.model)
     sides = _sides(ground, trial)
     folder = ground.scratch()
     damaged = fault.damage(model_of(trial.model), folder, layer=layer)

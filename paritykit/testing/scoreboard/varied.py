@@ -16,7 +16,7 @@ from paritykit.runner import Session
 from paritykit.testing.faults import find
 from paritykit.testing.scoreboard.ground import Ground
 from paritykit.testing.scoreboard.judges import judge_simply
-from paritykit.testing.scoreboard.models import homes, model_of
+from paritykit.testing.scoreboard.models import layer_of, model_of
 from paritykit.testing.scoreboard.outcome import Outcome
 from paritykit.testing.scoreboard.places import is_near, named
 from paritykit.testing.scoreboard.plan import CACHING, Trial, alone_sees
@@ -41,7 +41,7 @@ def vary(ground: Ground, trial: Trial) -> Outcome:
 
 def _placed(outcome: Outcome, results: Results, session: Session) -> Outcome:
     fault = find(outcome.trial.fault)
-    wanted = fault.at(layer=homes(fault)[outcome.trial.model])
+    wanted = fault.at(layer=layer_of(fault, outcome.trial.model))
     where = named(results.summary.first_divergence, wanted)
     exact = where == wanted
     near = exact or is_near(where, wanted, session.reference.manifest)
@@ -54,7 +54,7 @@ def _session(ground: Ground, trial: Trial) -> Session:
     own.pop(CACHING, None)  # the check turns it on itself
     if trial.fault:
         fault = find(trial.fault)
-        own |= fault.arguments(layer=homes(fault)[trial.model])
+        own |= fault.arguments(layer=layer_of(fault, trial.model))
     varied = HostPool()
 
     def closing() -> None:
