@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+BLOCK = 128
+"""Tokens of a block of vLLM's cache on a CPU: chunks of attention are as many, or more."""
 LARGEST_KEPT = 4
 """Counts up to here stay as they are: kernel widths, expansions, numbers of shared experts."""
 COUNTED = (
@@ -67,7 +69,8 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("last_layer", r"layer_end"),
     ("some_layers", r"replace|dense_layers|window_layers|shared_layers|layer_start|nextn|mtp"),
     ("layers", r"(^|_)(layers?|blocks)$"),
-    ("window", r"window|local_attention|attention_chunk"),
+    ("attention_chunk", r"attention_chunk"),
+    ("window", r"window|local_attention"),
     ("chunk", r"chunk"),
     ("rank", r"rank"),
     ("state", r"state|index_topk"),
@@ -111,6 +114,7 @@ def limit_of(role: str, sizes: Sizes) -> int:
     """The size, or most, of an integer of that role."""
     fixed = {
         "rotary": sizes.head_dim // 2,
+        "attention_chunk": BLOCK,
         "linear_heads": sizes.heads,
         "expert_groups": sizes.groups,
         "shared": sizes.chosen,

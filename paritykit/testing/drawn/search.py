@@ -95,7 +95,7 @@ def _added(model_type: str, fields: Fields, error: str) -> Iterator[Fields]:
     kind = config_class(model_type)
     names, count = {f.name for f in own_fields(kind)}, next((v for n, v in fields.items() if role_of(n) == "layers"), 2)
     kinds = layer_kinds(model_type)
-    if "layer_types" in names and not fields.get("layer_types") and kinds:
+    if "layer_types" in names and len(set(fields.get("layer_types") or ())) < 2 and kinds:
         yield {**fields, "layer_types": [kinds[n % len(kinds)] for n in range(count)]}
         for first in kinds:
             yield from ({**fields, "layer_types": [(first, other)[n % 2] for n in range(count)]} for other in kinds)

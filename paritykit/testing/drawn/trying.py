@@ -13,7 +13,7 @@ from paritykit.testing.drawn.weights import fill_model
 PROBE = 24
 """Tokens of the text that a model is tried on: longer than the windows are."""
 NOT_CAUSAL = "the model is not causal"
-STAGES = ("config", "model", "forward", "finite", "causal", "alive")
+STAGES = ("config", "model", "forward", "finite", "cached", "causal", "alive")
 CAUSAL_LIMIT, ALIVE_LIMIT = 1e-4, 1e-4
 """How far logits may move, and must, of their size: float32 rounds some 1e-6 in four layers."""
 LARGEST = 20_000_000
@@ -46,7 +46,7 @@ class Tried:
 def make_config(model_type: str, fields: dict[str, Any]) -> Any:
     """The config of these fields, tables for parts of it, as it is after it was written and read back."""
     kind = config_class(model_type)
-    return kind.from_dict(json.loads(kind(**fields).to_json_string()))
+    return kind.from_dict(kind._decode_special_floats(json.loads(kind(**fields).to_json_string())))
 
 
 def try_fields(model_type: str, fields: dict[str, Any], *, seed: int) -> Tried:
@@ -66,7 +66,7 @@ def try_fields(model_type: str, fields: dict[str, Any], *, seed: int) -> Tried:
             fill_model(model, seed=seed)
             logits, stage = _probe(model, 0), 3
             _finite(logits)
-            for check in (_causal, _alive):
+            for check in (_cached, _causal, _alive):
                 stage += 1
                 check(model, logits)
             return Tried(len(STAGES), "", model, logits)
@@ -104,6 +104,11 @@ def _finite(logits: Any) -> None:
         raise ValueError("its logits are not finite")
     if not float(logits.std()) > 0:
         raise ValueError("its logits are all the same")
+
+
+def _cached(model: Any, _: Any) -> None:
+    """It also runs with the cache that it makes by itself."""
+    model(probe_tokens(model.config.get_text_config(decoder=True).vocab_size), use_cache=True)
 
 
 def _causal(model: Any, logits: Any) -> None:
