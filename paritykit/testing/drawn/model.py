@@ -10,7 +10,7 @@ from typing import Any
 
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.drawn.catalogue import class_names, config_class, is_plain
-from paritykit.testing.drawn.fields import Fields, small_fields
+from paritykit.testing.drawn.fields import Fields, own_fields, small_fields
 from paritykit.testing.drawn.roles import Sizes
 from paritykit.testing.drawn.search import find_working
 from paritykit.testing.drawn.switches import draw_switches
@@ -92,6 +92,8 @@ def _build(model_type: str, folder: Path, *, seed: int, dtype: str) -> None:
 def spell_out(config: Any) -> None:
     """Write the size of a head into a config that leaves it to be worked out: engines read it where it is published."""
     text = config.get_text_config(decoder=True)
+    if "head_dim" in {*getattr(text, "attribute_map", {}), *(f.name for f in own_fields(type(text)))}:
+        return
     hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if not hasattr(text, "head_dim") and isinstance(hidden, int) and isinstance(heads, int) and heads:
+    if isinstance(hidden, int) and isinstance(heads, int) and heads:
         text.head_dim = hidden // heads
