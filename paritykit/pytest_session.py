@@ -200,6 +200,7 @@ class ParitySession:
             weights=weights,
             cases=list({c.id: c for c in (*infos, *cases)}.values()),
             config=self._plan.config,
+            notes=self._session.told(),
         )
 
 
@@ -314,6 +315,7 @@ def merge_parts(folder: Path, wanted: Mapping[str, str | None]) -> tuple[list[st
         lines.append(
             f"{summary.verdict.upper():<13}{name}: {summary.compared} compared, {summary.failed} failed{started}"
         )
+        lines += [f"{'':13}note: {note}" for note in summary.notes]
         for kind, target in wanted.items():
             if target:
                 path = Path(target) if len(by_model) == 1 else _beside(Path(target), name)

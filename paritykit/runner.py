@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from paritykit.checks.base import (
     Subject,
 )
 from paritykit.checks.checkpoint import answer_of
+from paritykit.checks.routing import idle_experts
 from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.policy import Policy, read_policies
 from paritykit.comparison.tolerance import check_overrides
@@ -47,7 +47,7 @@ from paritykit.ledger.subject import Allowed, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.meanings import settle
-from paritykit.notes import Ran, notes_of
+from paritykit.notes import Ran, attempt, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role
@@ -184,11 +184,6 @@ class Session:
         coverage, findings = run_checks(subject, cased, progress=self._progress) if subject else ([], [])
         found = self.explained([f for a in answers for f in a.findings] + findings)
         run = self.run_record(names, command=command)
-        if subject is not None:
-            config = self._checkpoint.text_config if self._checkpoint else {}
-            self.notes += notes_of(Ran(run.candidate, config, self._cases))
-            reason = self._reference.no_ensemble
-            self.notes += [f"no rounding was drawn anew, the twin alone is the floor: {reason}"] if reason else []
         return assemble(
             run,
             coverage=[a.coverage for a in answers] + coverage,
@@ -197,7 +192,7 @@ class Session:
             cases=case_infos(subject, free=self._free) if subject else [],
             config=self.config,
             seconds=time.monotonic() - started,
-            notes=self.notes,
+            notes=self.told(),
         )
 
     def explained(self, findings: list[Finding]) -> list[Finding]:
@@ -221,14 +216,19 @@ class Session:
         )
 
     def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
-        """What ``make`` gives; ``instead``, with a note, where it fails: what was compared stands without it."""
-        try:
-            return make()
-        except UsageError:
-            raise
-        except Exception as error:
-            self.notes.append(f"{what} failed, so it says nothing: {type(error).__name__}: {error}{_place(error)}")
-            return instead
+        return attempt(what, make, instead, notes=self.notes)
+
+    def told(self) -> list[str]:
+        """What the verdict does not speak of: what failed by itself, and what was asked for and never ran."""
+        if "subject" not in self.__dict__:
+            return self.notes
+        config = self._checkpoint.text_config if self._checkpoint else {}
+        none: dict[str, tuple[int, int]] = {}
+        idle = self._attempt("counting experts", lambda: idle_experts(self.reference), none)
+        ran = Ran(self.candidate.manifest.side, config, self._cases, idle)
+        reason = self._reference.no_ensemble
+        floor = [f"no rounding was drawn anew, the twin alone is the floor: {reason}"] if reason else []
+        return [*self.notes, *notes_of(ran), *floor]
 
     @cached_property
     def _routed(self) -> Routed:
@@ -381,12 +381,6 @@ class Session:
             self._progress(what, 0, 0)
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line of code of an error, for who reports it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-
-
 def run_checks(
     subject: Subject, checks: Iterable[str], *, progress: Progress | None = None
 ) -> tuple[list[Coverage], list[Finding]]:
@@ -497,11 +491,16 @@ def compare_captures(
     )
     names = list(checks) if checks is not None else case_checks()
     coverage, findings = run_checks(subject, names, progress=progress)
+    notes: list[str] = []
     if engine is not None:
-        findings = _looked_into(findings, subject, engine, draw=draw, progress=progress)
-    findings = explain_findings(findings, subject=subject) if explain else findings
+        found = findings
+        look = partial(_looked_into, found, subject, engine, draw=draw, progress=progress)
+        findings = attempt("the replay", look, found, notes=notes)
+    if explain:
+        findings = attempt("the diagnosis", partial(explain_findings, findings, subject=subject), findings, notes=notes)
     run = run_record(reference.manifest.side, candidate.manifest.side, names, command=command)
-    return assemble(run, coverage=coverage, findings=findings, cases=case_infos(subject), config=config)
+    infos = case_infos(subject)
+    return assemble(run, coverage=coverage, findings=findings, cases=infos, config=config, notes=notes)
 
 
 def _looked_into(

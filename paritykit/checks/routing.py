@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from paritykit.captures.reader import Capture
 from paritykit.checks.base import Subject
 from paritykit.checks.floors import sound_positions
 from paritykit.comparison.align import pairs
-from paritykit.comparison.routing import Rerouted, Rows, find_routers, trace_flips
+from paritykit.comparison.routing import Rerouted, Rows, chosen_experts, find_routers, trace_flips
 from paritykit.mapping.rules import Rule
 
 
@@ -20,6 +21,17 @@ def find_flips(subject: Subject, case: str) -> Rerouted:
         rules = {r.reference: r for r in subject.mapping.rules if r.candidate in subject.candidate.points}
         subject.flips[case] = trace_flips(routers, _Sides(subject, rules, case))
     return subject.flips[case]
+
+
+def idle_experts(reference: Capture) -> dict[str, tuple[int, int]]:
+    """Of each router that chooses by its logits alone: how many experts no token was sent to, of how many."""
+    found = {}
+    for router in find_routers(reference.manifest):
+        rows = [x for c in reference.cases if len(x := reference.rows(router.key, c))] if router.chosen else []
+        if rows:
+            chosen = torch.stack([chosen_experts(x.flatten(1), router.chosen).any(0) for x in rows]).any(0)
+            found[router.key] = int((~chosen).sum()), len(chosen)
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
+from paritykit.case import Case
 from paritykit.checks.base import Subject
-from paritykit.checks.routing import find_flips
+from paritykit.checks.routing import find_flips, idle_experts
 from paritykit.comparison.routing import Flip, boundary, chosen_experts
 from paritykit.config import load_config
+from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
 from paritykit.mapping.build import build_mapping
 from paritykit.results import Finding, Results
@@ -191,3 +193,14 @@ def test_an_engine_that_cannot_be_given_other_routing_leaves_it_open(trial: Tria
         engine=Closed(trial.engine),
     )
     assert results.summary.verdict == "inconclusive"
+
+
+def test_experts_that_no_token_was_sent_to_are_counted(tmp_path: Path) -> None:
+    engine = HFEngine(str(tiny_model("mixtral")), dtype="float32")
+    engine.open()
+    capture = engine.run([Case(id="a", tokens=(5,), new_tokens=0)], points=Selection(), out=tmp_path / "one")
+    engine.close()
+    experts, chosen = engine.checkpoint.config["num_local_experts"], engine.checkpoint.config["num_experts_per_tok"]
+    counts = idle_experts(capture)
+    assert len(counts) == engine.checkpoint.config["num_hidden_layers"]
+    assert set(counts.values()) == {(experts - chosen, experts)}

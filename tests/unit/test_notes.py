@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from paritykit.case import Case
+from paritykit.case import Case, cases
 from paritykit.errors import UsageError
-from paritykit.notes import Ran, notes_of
+from paritykit.notes import Ran, attempt, notes_of
 from paritykit.reports import REPORTS
 from paritykit.results import Results, Run, Side, Summary
-from paritykit.runner import Session
 
 CASES = [Case(id="a", tokens=(1,) * 40, new_tokens=3)]
 
@@ -62,6 +60,20 @@ def test_a_window_that_no_case_reaches(config: dict[str, Any], said: bool) -> No
     assert bool(notes(config)) == said
 
 
+def test_a_named_case_that_was_cut_is_told() -> None:
+    cut = cases("long-200", "short").resolve(vocab_size=99, max_positions=64)
+    (note,) = notes_of(Ran(side(), {}, cut))
+    assert note == "cases were cut to what the model's positions take: long-200 to 56 tokens"
+    assert not list(notes_of(Ran(side(), {}, cases("long-200").resolve(vocab_size=99, max_positions=512))))
+
+
+def test_experts_that_no_token_chose_are_told() -> None:
+    idle = {"layers.0.router": (3, 8), "layers.1.router": (0, 8)}
+    (note,) = notes_of(Ran(side(), {}, CASES, idle))
+    assert note.startswith("3 of 16 experts were chosen by no token")
+    assert not list(notes_of(Ran(side(), {}, CASES, {"layers.0.router": (0, 8)})))
+
+
 @pytest.mark.parametrize("name", REPORTS.names())
 def test_every_report_shows_notes(name: str) -> None:
     summary = Summary(verdict="pass", compared=1, failed=0, skipped=0, unmatched=0, notes=["no adapter ran"])
@@ -70,17 +82,17 @@ def test_every_report_shows_notes(name: str) -> None:
     assert "no adapter ran" in REPORTS.get(name)(found).decode()
 
 
-def attempt(error: Exception) -> tuple[list[str], object]:
-    session = SimpleNamespace(notes=[])
+def tried(error: Exception) -> tuple[list[str], str]:
+    said: list[str] = []
 
     def fail() -> str:
         raise error
 
-    return session.notes, Session._attempt(session, "the diagnosis", fail, "instead")  # type: ignore[arg-type]
+    return said, attempt("the diagnosis", fail, "instead", notes=said)
 
 
 def test_what_fails_beside_a_run_is_a_note() -> None:
-    told, found = attempt(ZeroDivisionError("no rows"))
+    told, found = tried(ZeroDivisionError("no rows"))
     assert found == "instead"
     (note,) = told
     assert note.startswith("the diagnosis failed, so it says nothing: ZeroDivisionError: no rows (test_notes.py:")
@@ -88,7 +100,7 @@ def test_what_fails_beside_a_run_is_a_note() -> None:
 
 def test_a_wrong_request_is_no_failure_beside_a_run() -> None:
     with pytest.raises(UsageError, match="no such rule"):
-        attempt(UsageError("no such rule"))
+        tried(UsageError("no such rule"))
 
 
 def test_a_version_of_a_class_of_its_own_is_a_string() -> None:
