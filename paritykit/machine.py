@@ -1,7 +1,7 @@
 """Facts about the machine and the environment, cheap to get and in need of no library.
 
-But for ``free_memory``, each function returns the fields of a doctor's check: ``name``, ``status``, ``detail`` and,
-where there is one, ``fix``.
+Each function that returns a ``Fact`` gives the fields of a doctor's check: ``name``, ``status``, ``detail`` and, where
+there is one, ``fix``.
 """
 
 from __future__ import annotations
@@ -99,14 +99,17 @@ def free_memory(group: Path = CGROUP) -> int:
         return free
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(psutil.Process().cpu_affinity() or [])
+
+
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Fact:
     """Cores, memory, and the instruction sets that choose vLLM's kernels on a CPU."""
     flags = _flags(cpuinfo)
     sets = [name for name in INSTRUCTION_SETS if name in flags]
     memory = psutil.virtual_memory().total / GIB
-    detail = (
-        f"{len(psutil.Process().cpu_affinity() or [])} cores, {memory:.0f} GiB, {' '.join(sets) or platform.machine()}"
-    )
+    detail = f"{cores()} cores, {memory:.0f} GiB, {' '.join(sets) or platform.machine()}"
     return {"name": "cpu", "status": "ok", "detail": detail}
 
 

@@ -22,7 +22,7 @@ from paritykit.engines.process import HostPool, HostProcess, ProcessEngine
 from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.floor_file import FloorFile, floor_of
-from paritykit.machine import free_memory
+from paritykit.machine import cores, free_memory
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import cases_for, resolve_model
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
@@ -86,7 +86,7 @@ class Plan:
         """Whether memory and cores take both engines at once; one on an accelerator leaves no other room there."""
         on_cpu = str(self.reference_args.get("device", "cpu")) == "cpu"
         files = sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
-        return on_cpu and (os.cpu_count() or 1) > 1 and COPIES * files + BESIDE < free_memory()
+        return on_cpu and cores() > 1 and COPIES * files + BESIDE < free_memory()
 
     def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
         """The candidate with these arguments in place of its own, not started. Raises UsageError.

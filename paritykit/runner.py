@@ -223,12 +223,15 @@ class Session:
         if "subject" not in self.__dict__:
             return self.notes
         config = self._checkpoint.text_config if self._checkpoint else {}
-        none: dict[str, tuple[int, int]] = {}
-        idle = self._attempt("counting experts", lambda: idle_experts(self.reference), none)
-        ran = Ran(self.candidate.manifest.side, config, self._cases, idle)
+        ran = Ran(self.candidate.manifest.side, config, self._cases, self._idle)
         reason = self._reference.no_ensemble
         floor = [f"no rounding was drawn anew, the twin alone is the floor: {reason}"] if reason else []
-        return [*self.notes, *notes_of(ran), *floor]
+        return [*notes_of(ran), *self.notes, *floor]
+
+    @cached_property
+    def _idle(self) -> dict[str, tuple[int, int]]:
+        none: dict[str, tuple[int, int]] = {}
+        return self._attempt("counting experts", lambda: idle_experts(self.reference), none)
 
     @cached_property
     def _routed(self) -> Routed:

@@ -33,6 +33,7 @@ BEFORE_RUNNING = ("checkpoint", "weights")
 SMOKE = "the smoke cases"
 RANKS = (1, 2)
 TRAINED_SHARE = 3
+"""Of so many faults one is planted in a trained model too."""
 ALSO = 2
 """Models beside the first that nano has a fault in."""
 MAX_POSITIONS = 512
@@ -136,8 +137,7 @@ def make_plan(*, full: bool = False) -> list[Trial]:
     """All trials: of every fault and model with ``full``, otherwise a share of them that has every fault in it.
 
     That share: each fault in one model at every strength and in both dtypes, in turn through the models that it fits,
-    and in nano as it is and at ten times the floor in two more. A share
-    of them is planted in trained models too.
+    and in nano as it is and at ten times the floor in two more. A share of them is planted in trained models too.
     """
     found = [t for engine in ENGINES for t in (*_faults(engine, full=full), *_nulls(engine, full=full))]
     found += [t for engine in ENGINES for t in _clean(engine)]
