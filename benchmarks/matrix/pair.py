@@ -20,6 +20,8 @@ from paritykit.testing.drawn.catalogue import class_names
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
 LAST_WORDS = "; the engine's last words:"
 """Follows the text of an exception that the engine's process did not expect."""
+PLACES = re.compile(r"\n  (?:at|likely:|whole log:) ")
+"""Where lines begin that say more of an engine's error."""
 CASES = ("short", "long-40")
 """Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
 LONGEST = 300
@@ -43,11 +45,11 @@ class Pairs:
             raise
         except UsageError as error:
             drawn = "no small config" in str(error)
-            row = _with(row, "not drawn" if drawn else "refused", str(error))
+            row = _with(row, "not drawn" if drawn else "refused", reason_of(error))
         except EngineError as error:
-            row = _with(row, outcome_of(error), _reason(error))
+            row = _with(row, outcome_of(error), reason_of(error))
         except ParityError as error:
-            row = _with(row, "refused", str(error))
+            row = _with(row, "refused", reason_of(error))
         except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
             row = _with(row, "error", f"{type(error).__name__}: {error}")
             self.close()
@@ -119,9 +121,14 @@ def _with(row: Row, outcome: Outcome, reason: str) -> Row:
     return msgspec.structs.replace(row, outcome=outcome, reason=_short(reason))
 
 
-def _reason(error: EngineError) -> str:
-    """What an engine says, without the folder of the model and its last words."""
-    return re.sub(r"\S*/drawn/\S+", "the model", str(error).partition(LAST_WORDS)[0])
+def reason_of(error: ParityError) -> str:
+    """What an engine says, without folders of this machine: the model's, its last words, and where its log is.
+
+    >>> reason_of(EngineError("no such size\\n  at /home/me/engine.py:7 in make\\n  whole log: /tmp/engine.log"))
+    'no such size'
+    """
+    said = PLACES.split(str(error).partition(LAST_WORDS)[0])[0]
+    return re.sub(r"\S*/drawn/\S+", "the model", said)
 
 
 def _short(text: str) -> str:
