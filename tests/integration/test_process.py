@@ -26,6 +26,8 @@ from tests.integration.own_engines import MARK
 OWN = "tests.integration.own_engines:"
 CASES = [Case(id="a", tokens=(1, 2, 3), new_tokens=2)]
 SOON = 20.0
+STUCK = (2, 3)
+"""Processes of a run whose reference is stuck: the reference and its fork, and the candidate where memory takes it."""
 START = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -135,7 +137,7 @@ def test_interrupted_run_leaves_nothing(
     process = command("run", model, "--reference", OWN + engine, "--candidate", "hf")
     wait_for(mark.exists, what="the engine is stuck")
     family = family_of(process)
-    assert len(alive(family)) == 2
+    assert len(alive(family)) in STUCK
     assert bool(list(scratch.rglob("*.partial"))) == (engine == "stuck_running")
     process.send_signal(how)
     output, _ = process.communicate(timeout=SOON)
@@ -161,7 +163,7 @@ def test_killed_run_leaves_no_process(command: Command, mark: Path, scratch: Pat
     process = command("run", model, "--reference", OWN + engine, "--candidate", "hf")
     wait_for(mark.exists, what="the engine is stuck")
     family = family_of(process)
-    assert len(alive(family)) == 2
+    assert len(alive(family)) in STUCK
     process.kill()
     wait_for(lambda: alive(family) == [], what="the engine's processes are gone", seconds=SOON)
 
