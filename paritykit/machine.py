@@ -99,9 +99,9 @@ def free_memory(group: Path = CGROUP) -> int:
         return free
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(psutil.Process().cpu_affinity() or [])
+def cores() -> list[int]:
+    """The cores that this process may use, by number."""
+    return sorted(psutil.Process().cpu_affinity() or [])
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Fact:
@@ -109,7 +109,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Fact:
     flags = _flags(cpuinfo)
     sets = [name for name in INSTRUCTION_SETS if name in flags]
     memory = psutil.virtual_memory().total / GIB
-    detail = f"{cores()} cores, {memory:.0f} GiB, {' '.join(sets) or platform.machine()}"
+    detail = f"{len(cores())} cores, {memory:.0f} GiB, {' '.join(sets) or platform.machine()}"
     return {"name": "cpu", "status": "ok", "detail": detail}
 
 

@@ -25,11 +25,12 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.stages import merge_facts
 from paritykit.engines.strays import cache_facts
 from paritykit.engines.vllm.arguments import effective_arguments
-from paritykit.engines.vllm.limits import check_parallel, default_lengths, kv_cache_bytes
+from paritykit.engines.vllm.limits import binding, check_parallel, default_lengths, kv_cache_bytes
 from paritykit.engines.vllm.orders import CASE_KEY, CaseOrder, Orders, Outcome
 from paritykit.engines.vllm.steps import ended
 from paritykit.engines.vllm.warm import warm_ranks
 from paritykit.errors import EngineError, EngineMissingError, UnknownNameError
+from paritykit.machine import cores
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.registry import load_attribute
 from paritykit.results import Side
@@ -289,7 +290,7 @@ class VllmEngine:
                 raise UnknownNameError("vLLM argument", name, known)
         ranks = self._ranks * self._stages
         if vllm.platforms.current_platform.is_cpu() and ranks > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(r) for r in range(ranks)))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding(ranks, cores()))
             if len(tempfile.gettempdir()) <= LONG:
                 warm_ranks()
 

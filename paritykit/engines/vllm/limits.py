@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from paritykit.engines.checkpoint import Checkpoint
@@ -15,6 +16,15 @@ SEQUENCES = 2
 def default_lengths(checkpoint: Checkpoint) -> int:
     """``max_model_len`` where none is given: the model's own, but not more than 4096 positions."""
     return min(checkpoint.max_positions or LENGTH, LENGTH)
+
+
+def binding(ranks: int, cores: Sequence[int]) -> str:
+    """``VLLM_CPU_OMP_THREADS_BIND`` where none is set: a core for each rank, no binding where cores are too few.
+
+    >>> binding(2, [4, 5, 6]), binding(3, [0, 1])
+    ('4|5', 'nobind')
+    """
+    return "|".join(map(str, cores[:ranks])) if len(cores) >= ranks else "nobind"
 
 
 def kv_cache_bytes(checkpoint: Checkpoint, length: int) -> int:
