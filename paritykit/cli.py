@@ -212,9 +212,9 @@ def audit(checkpoint: str, **options: Any) -> int:
     paritykit audit ./my-model --base ./its-base --tensor-parallel-size 4
     """
     from paritykit.audit import audit as look
-    from paritykit.models import folder_of
     from paritykit.reports.audit import print_audit
     from paritykit.runner import audit_results
+    from paritykit.testing.names import folder_of
 
     with ProgressLine(quiet=options["quiet"]) as progress:
         found = look(

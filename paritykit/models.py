@@ -12,8 +12,7 @@ from paritykit.case import Case, CaseSet
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
 from paritykit.passages import Message, Tokenizer
-from paritykit.testing.drawn.named import DRAWN, DrawnModel
-from paritykit.testing.named import REAL, TINY, TinyModel
+from paritykit.testing.names import folder_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -26,17 +25,6 @@ def resolve_model(model: str) -> Checkpoint:
     found = Checkpoint.find(folder_of(model))
     _ = found.tensors
     return found
-
-
-def folder_of(model: str) -> str:
-    """``model``, or the folder of the model that ``tiny:FAMILY,...`` or ``real:NAME,...`` means, made on the spot."""
-    if model.startswith(REAL):
-        from paritykit.testing.real import build_named
-
-        return str(build_named(model))
-    if model.startswith(DRAWN):
-        return str(DrawnModel(model).build())
-    return str(TinyModel(model).build()) if model.startswith(TINY) else model
 
 
 def cases_for(checkpoint: Checkpoint, cases: CaseSet) -> list[Case]:

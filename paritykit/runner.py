@@ -83,7 +83,7 @@ class Session:
         together: bool = False,
     ) -> None:
         self._local = local
-        self._together = together
+        self._together = together and isinstance(candidate, ProcessEngine)
         self._closing = closing
         self._explain = explain
         self._checkpoint = checkpoint
@@ -100,7 +100,7 @@ class Session:
         self._starts: dict[str, int] = {}
         self._reference = reference if isinstance(reference, Reference) else Reference(truth=Role(engine=reference))
         self._reference.prepare(folder=Path(self._folder.name), cases=cases, progress=progress)
-        self._opened = self._begun = False
+        self._opened = False
         self._free: dict[str, list[int]] | None = None
         self.notes: list[str] = []
 
@@ -113,8 +113,8 @@ class Session:
     def close(self) -> None:
         """Close what is open and remove the captures."""
         self._reference.close()
-        if self._opened or self._begun:
-            self._opened = self._begun = False
+        if self._opened or self._together:
+            self._opened = self._together = False
             self._candidate.close()
         if self._pool is not None:
             self._pool.close()
@@ -362,8 +362,7 @@ class Session:
 
     def _begin(self) -> None:
         """Let the candidate's process start beside the reference, where it has one of its own and that is wanted."""
-        if self._together and not self._opened and isinstance(self._candidate, ProcessEngine):
-            self._begun = True
+        if isinstance(self._candidate, ProcessEngine) and self._together and not self._opened:
             self._candidate.begin()
 
     def _opened_candidate(self) -> Engine:

@@ -10,6 +10,7 @@ import msgspec
 
 from benchmarks.matrix.row import Outcome, Row, Task
 from benchmarks.matrix.warm import WarmHost
+from paritykit.engines.failure import message_of
 from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError, EngineMissingError, ParityError, UsageError
 from paritykit.plan import make_plan
@@ -20,8 +21,6 @@ from paritykit.testing.drawn.catalogue import class_names
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
 LAST_WORDS = "; the engine's last words:"
 """Follows the text of an exception that the engine's process did not expect."""
-PLACES = re.compile(r"\n  (?:at|likely:|whole log:) ")
-"""Where lines begin that say more of an engine's error."""
 CASES = ("short", "long-40")
 """Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
 LONGEST = 300
@@ -122,13 +121,8 @@ def _with(row: Row, outcome: Outcome, reason: str) -> Row:
 
 
 def reason_of(error: ParityError) -> str:
-    """What an engine says, without folders of this machine: the model's, its last words, and where its log is.
-
-    >>> reason_of(EngineError("no such size\\n  at /home/me/engine.py:7 in make\\n  whole log: /tmp/engine.log"))
-    'no such size'
-    """
-    said = PLACES.split(str(error).partition(LAST_WORDS)[0])[0]
-    return re.sub(r"\S*/drawn/\S+", "the model", said)
+    """What an engine says, without folders of this machine: the model's, its last words, and where its log is."""
+    return re.sub(r"\S*/drawn/\S+", "the model", message_of(str(error).partition(LAST_WORDS)[0]))
 
 
 def _short(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from paritykit.engines.checkpoint import decode_header
+from paritykit.captures.header import decode_header
 
 Trouble = Literal[
     "", "empty-file", "lfs-pointer", "truncated-file", "damaged-header", "pickle-refused", "pickle-legacy"

@@ -6,15 +6,14 @@ point of each decoded token. It still decides whether a file is sound.
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from paritykit.captures.header import decode_header
 from paritykit.captures.stream import DTYPE_CODES
 
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -30,13 +29,13 @@ class MappedFile:
             data = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
         (length,) = LENGTH.unpack(data[: LENGTH.size].numpy().tobytes())
         start = LENGTH.size + length
-        self._header: dict[str, Any] = json.loads(data[LENGTH.size : start].numpy().tobytes())
+        self._header = decode_header(data[LENGTH.size : start].numpy().tobytes())
         self._data = data[start:]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor ``name``, without a copy. Raises SafetensorError where the file has none of that name."""
         entry = self._header.get(name)
-        if entry is None or entry["dtype"] not in DTYPES:
+        if entry is None or entry.dtype not in DTYPES:
             raise SafetensorError(f"File does not contain tensor {name}")
-        begin, end = entry["data_offsets"]
-        return self._data[begin:end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        begin, end = entry.data_offsets
+        return self._data[begin:end].view(DTYPES[entry.dtype]).view(entry.shape)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from paritykit.captures.header import Entry, decode_header
 from paritykit.errors import UsageError
 
 CHUNK = 1 << 22
@@ -130,21 +131,6 @@ def find_folder(model: str) -> Path:
     if not path.is_dir():
         raise UsageError(f"{path} is a file; give the checkpoint's folder")
     return path
-
-
-class Entry(msgspec.Struct):
-    """One tensor of a safetensors header: its dtype code, and where its bytes lie behind the header."""
-
-    shape: list[int]
-    dtype: str
-    data_offsets: tuple[int, int]
-
-
-def decode_header(text: bytes) -> dict[str, Entry]:
-    """The tensors of a safetensors header by name. Raises msgspec.MsgspecError or UnicodeDecodeError for none."""
-    header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    header.pop("__metadata__", None)
-    return {name: msgspec.json.decode(raw, type=Entry) for name, raw in header.items()}
 
 
 def _header(file: Path) -> dict[str, Entry]:

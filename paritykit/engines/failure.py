@@ -21,6 +21,8 @@ LIBRARIES = ("accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "
 """Packages that are not the user's, wherever they are installed."""
 FRAME = re.compile(r'^(?P<lead>.*?)File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+?)\s*$')
 BEGIN = "Traceback (most recent call last):"
+ADDED = re.compile(r"\n  (?:at|likely:|whole log:) ")
+"""Where lines begin that are added to an engine's error."""
 KEPT = 20
 """Logs that stay: older ones are removed."""
 CAUSES = (
@@ -75,6 +77,15 @@ def explain(log: str, *, message: str) -> str:
             lines.append(f"  likely: {told}")
             break
     return "\n".join(lines)
+
+
+def message_of(text: str) -> str:
+    """An engine's own error, without the lines that ``explain`` and a kept log add to it.
+
+    >>> message_of("no such size\\n  at engine.py:7 in make\\n  whole log: engine.log")
+    'no such size'
+    """
+    return ADDED.split(text)[0]
 
 
 def _frames(block: str) -> list[Frame]:

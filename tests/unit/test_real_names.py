@@ -10,9 +10,9 @@ import pytest
 
 import paritykit
 from paritykit.errors import UsageError
-from paritykit.models import folder_of
 from paritykit.testing import REAL_MODELS, TRANSPLANTS, real, real_model
 from paritykit.testing.named import split_name
+from paritykit.testing.names import folder_of
 from paritykit.testing.real import MODELS, UNPACKING, Trained, missing_packages
 from tests.integration.commands import Attempt
 from tests.real import trained

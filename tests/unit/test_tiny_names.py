@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paritykit.errors import UnknownNameError, UsageError
-from paritykit.models import folder_of, resolve_model
+from paritykit.models import resolve_model
 from paritykit.options import read_value
 from paritykit.testing import TinyModel, tiny_config
 from paritykit.testing.named import read_name
+from paritykit.testing.names import folder_of
 
 ROPE = "rope_parameters"
 WORDS = st.from_regex(r"[a-z_][a-z_0-9.-]{0,12}", fullmatch=True).filter(lambda text: read_value(text) == text)

@@ -84,8 +84,8 @@ def _build(model_type: str, folder: Path, *, seed: int, dtype: str) -> None:
     import torch
 
     _, tried = draw_fields(model_type, seed=seed)
+    spell_out(tried.model.config)
     with no_progress_bar():
-        spell_out(tried.model.config)
         tried.model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UnknownNameError
 from paritykit.testing.drawn.catalogue import sample, vllm_classes
-from paritykit.testing.drawn.named import DRAWN, DrawnModel
-from paritykit.testing.families import nano_families, tiny_config
+from paritykit.testing.drawn.named import DRAWN
+from paritykit.testing.families import tiny_config
 from paritykit.testing.faults.table import Fault
 from paritykit.testing.named import REAL
-from paritykit.testing.real import build_named
+from paritykit.testing.names import folder_of
 from paritykit.testing.transplants import TRANSPLANTS
 
 LAYERS, VOCABULARY = 3, 499
@@ -60,10 +60,8 @@ def config_of(name: str) -> dict[str, Any]:
 @cache
 def model_of(name: str) -> Path:
     """The folder of the model of that name, built where it is not there yet."""
-    if name.startswith(REAL):
-        return build_named(name)
-    if name.startswith(DRAWN):
-        return DrawnModel(name).build()
+    if name not in MODELS:
+        return Path(folder_of(name))
     from paritykit.testing.tiny import tiny_model
 
     family, overrides = MODELS[name]
@@ -77,8 +75,6 @@ def vocabulary_of(name: str) -> int:
 
 def runs_in_nano(name: str) -> bool:
     """Whether the embedded engine has the model's family."""
-    if name in MODELS:
-        return MODELS[name][0] in nano_families()
     from paritykit.engines.nano.config import NanoConfig
 
     try:

@@ -33,6 +33,8 @@ def run_trial(ground: Ground, trial: Trial) -> Outcome:
         if isinstance(error, EngineError):
             ground.close()
         outcome = blank(trial, error=reason_of(error))
+    finally:
+        ground.drop_local()
     return msgspec.structs.replace(outcome, seconds=round(time.monotonic() - started, 2))
 
 
@@ -135,7 +137,6 @@ def _judged(
     if fault is not None and fault.kind != "null" and outcome.found_by:
         outcome = placed(outcome, results, sides, fault=fault, layer=layer)
     ground.drop(candidate)
-    ground.drop_local()
     return outcome
 
 
