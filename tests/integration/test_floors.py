@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import pytest
 from paritykit.cli import execute
 from paritykit.floor_file import read_floor, write_floor
 from paritykit.results import Finding, Results
-from paritykit.testing import TINY_FAMILIES, tiny_model
+from paritykit.testing import TINY_FAMILIES, nano_families
 from paritykit.testing.faults import FAULTS, Fault
 from tests.faulty import MODELS
-from tests.floors import NANO, Floors
+from tests.floors import NANO, TRAINED, Floors, model_of
 from tests.integration.conftest import Bench
 from tests.nano import one_thread
 
@@ -40,6 +40,15 @@ def some(families: Any) -> list[Any]:
     return [pytest.param(f, marks=[group] if f in IN_CI else [group, deep]) for f in families]
 
 
+def some_trained(families: Iterable[str]) -> list[Any]:
+    group = pytest.mark.xdist_group("real")
+    return [pytest.param(f, marks=[group] if f == TRAINED[0] else [group, deep]) for f in families]
+
+
+def in_nano(family: str) -> bool:
+    return family.removeprefix("smollm2_") in nano_families()
+
+
 def judged(results: Results) -> list[Finding]:
     return [f for f in results.findings if f.check != "tokens"]
 
@@ -51,7 +60,7 @@ def assert_by_the_floor(results: Results) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", some(NANO))
+@pytest.mark.parametrize("family", [*some(NANO), *some_trained(f for f in TRAINED if in_nano(f))])
 def test_nano_passes_by_the_floor_alone(floors: Floors, family: str, dtype: str) -> None:
     candidate = floors.nano(family, floors.truth(family, dtype), dtype=dtype)
     assert_by_the_floor(floors.compare(family, candidate, dtype=dtype))
@@ -132,11 +141,12 @@ def planted_point(floors: Floors, family: str, fault: Fault, dtype: str, *, stre
         ("qwen2", 1),
         *(pytest.param(f, 1, marks=deep) for f in DENSE if f != "qwen2"),
         *(pytest.param(f, 2, marks=deep) for f in ("qwen2", "gemma2", "phi3")),
+        *(pytest.param(f, 1, marks=[deep, pytest.mark.xdist_group("real")]) for f in TRAINED),
     ],
 )
 def test_vllm_passes_by_the_floor_alone(bench: Bench, floors: Floors, family: str, ranks: int, dtype: str) -> None:
     truth = floors.truth(family, dtype)
-    candidate = bench.candidate(tiny_model(family), truth, dtype=dtype, tensor_parallel_size=ranks)
+    candidate = bench.candidate(model_of(family), truth, dtype=dtype, tensor_parallel_size=ranks)
     assert_by_the_floor(floors.compare(family, candidate, dtype=dtype))
 
 

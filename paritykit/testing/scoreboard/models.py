@@ -13,9 +13,8 @@ from paritykit.testing.drawn.catalogue import sample, vllm_classes
 from paritykit.testing.drawn.named import DRAWN
 from paritykit.testing.families import tiny_config
 from paritykit.testing.faults.table import Fault
-from paritykit.testing.named import REAL
 from paritykit.testing.names import folder_of
-from paritykit.testing.transplants import TRANSPLANTS
+from paritykit.testing.real import SHORTENED
 
 LAYERS, VOCABULARY = 3, 499
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
@@ -36,10 +35,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the family, and what of its config is changed, so that together they have all that a fault may need."""
 
 
-TRAINED = tuple(
-    f"{REAL}smollm2{family},num_hidden_layers={LAYERS}" for family in ("", *(f",family={name}" for name in TRANSPLANTS))
-)
-"""Trained weights, by the names that ``paritykit run`` takes: the first layers, which have the sinks."""
+TRAINED = tuple(SHORTENED.values())
+"""Trained weights, by the names that ``paritykit run`` takes."""
 ARCHITECTURES = 50
 """Architectures that clean pairs are drawn of."""
 
