@@ -149,14 +149,16 @@ def in_order(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize(("rows", "length", "columns"), [(40, 576, 64), (1, 1536, 300), (64, 40, 64), (3, 64, 1)])
+@pytest.mark.parametrize(("rows", "length", "columns"), [(40, 576, 64), (2, 1536, 300), (64, 40, 64), (150, 64, 1)])
 @pytest.mark.parametrize("how", ["mm", "addmm", "bmm", "mv"])
+@pytest.mark.parametrize("mean", [0.0, 0.5], ids=["of both signs", "of one sign"])
 def test_sums_of_float32_are_drawn_as_large_as_in_their_longest_order(
-    how: str, rows: int, length: int, columns: int
+    how: str, rows: int, length: int, columns: int, mean: float
 ) -> None:
+    """Terms of one sign make partial sums that grow to the end."""
     torch.manual_seed(rows)
-    rows, columns = (max(rows, 40), 1) if how == "mv" else (rows, columns)
-    left, right = torch.randn(2, rows, length), torch.randn(2, length, columns)
+    rows, columns = (max(rows, 300), 1) if how == "mv" else (rows, columns)
+    left, right = torch.randn(2, rows, length) + mean, torch.randn(2, length, columns) + mean
     if how == "bmm":
         call = lambda: left @ right  # noqa: E731
     elif how == "mv":
@@ -177,6 +179,19 @@ def test_sums_of_float32_are_drawn_as_large_as_in_their_longest_order(
     serial = error(torch.stack([in_order(*x) for x in zip(left, right, strict=True)]))
     drawn = sum(map(error, found)) / 8
     assert 0.8 * serial < drawn < 1.7 * max(serial, error(call()))
+
+
+@pytest.mark.parametrize("added", [0.0, 1e4, float("-inf")])
+def test_what_is_added_to_a_product_is_no_part_of_its_sums(added: float) -> None:
+    left, right = torch.randn(40, 64), torch.randn(64, 30)
+    drawn = []
+    for bias in (torch.zeros(30), torch.full((30,), added)):
+        with Redrawing(3):
+            drawn.append(torch.addmm(bias, left, right, beta=2) - 2 * bias)
+    if math.isinf(added):
+        assert drawn[1].isnan().all(), "minus infinity stays what it is"
+    else:
+        assert (drawn[1] - drawn[0]).abs().max() <= 2 * 2**-24 * max(2 * added, drawn[0].abs().max().item())
 
 
 def test_the_same_seed_draws_the_same() -> None:
