@@ -81,6 +81,8 @@ class _Builder:
         self._their_meanings: dict[str, str] = candidate.facts.get("meanings", {})
         self._same: dict[str, str] = candidate.facts.get("same", {})
         """A module's other paths, to the one that it is recorded under."""
+        compiled: list[str] = candidate.facts.get("compiled", [])
+        self._unseen = f"hooks do not fire in the candidate's compiled graph ({compiled[0]})" if compiled else ""
         self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
         self._reasons: dict[str, str] = {d.point: d.reason for d in (*reference.dropped, *candidate.dropped)}
 
@@ -126,8 +128,8 @@ class _Builder:
         """Why a reference point without a counterpart is no loss; empty where it is one."""
         if point.source in rules:
             return f"the same tensor as {point.source}, which is compared"
-        if point.module in self._weights:
-            return ""
+        if self._unseen or point.module in self._weights:
+            return self._unseen
         scope, keys = point.module.rpartition(".")[0], list(self._ours)
         later = keys[keys.index(point.key) + 1 :]
         shown = next((k for k in later if k in rules and within(self._ours[k].module, scope)), None)

@@ -11,6 +11,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.ledger.judge import judge_weights
 from paritykit.results import Results
 from paritykit.runner import compare_captures, weight_subject
+from paritykit.testing import tiny_model
 from tests.integration.conftest import Bench
 from tests.integration.strangers import make
 
@@ -67,3 +68,18 @@ def test_a_config_that_does_not_say_how_experts_are_scored(bench: Bench, tmp_pat
     (cause, *_) = results.summary.causes
     assert cause.name == "moe-scale"
     assert "with shares by softmax" in cause.evidence
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("theta", [None, 50.0])
+def test_a_compiled_graph_is_compared_where_it_shows(bench: Bench, tmp_path: Path, theta: float | None) -> None:
+    """At the cache, the logits and the tokens; a fault inside it shows there too."""
+    wrong = (
+        {} if theta is None else {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}}
+    )
+    model = tiny_model("qwen2")
+    reference = bench.reference(model, names=("short", "long-40"))
+    results = compare_captures(reference, bench.candidate(model, reference, enforce_eager=False, **wrong))
+    assert results.summary.verdict == ("pass" if theta is None else "fail"), results.summary
+    assert results.summary.unmatched == 0
+    assert {f.check for f in results.findings} == {"modules", "logits", "tokens"}

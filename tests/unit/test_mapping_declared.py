@@ -313,3 +313,16 @@ def test_a_module_under_two_paths_is_found_under_the_one_it_was_recorded_as() ->
     found = build({"block.mlp.gate": 4}, {"block.gate": 4}, candidate=facts)
     assert {r.reference: r.candidate for r in found.rules} == {"block.mlp.gate": "block.gate"}
     assert found.unmatched == []
+
+
+def test_what_lies_in_a_compiled_graph_is_left_out_with_that_reason() -> None:
+    """Where none is compiled, a module with weights that has no counterpart has no reason either."""
+    parts = {"block.mlp.gate": 4, "block.mlp.act": 4, "head": 4}
+    weighted = {"parameters": {"w": "block.mlp.gate.weight"}}
+    found = build(parts, {"head": 4}, reference=weighted, candidate={"compiled": ["block"]})
+    assert [r.reference for r in found.rules] == ["head"]
+    assert {u.point: u.reason for u in found.skipped} == dict.fromkeys(
+        ("block.mlp.gate", "block.mlp.act"), "hooks do not fire in the candidate's compiled graph (block)"
+    )
+    open_graph = build(parts, {"head": 4}, reference=weighted, candidate={"compiled": []})
+    assert "block.mlp.gate" in [u.point for u in open_graph.unmatched]

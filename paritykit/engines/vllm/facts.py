@@ -19,7 +19,8 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     """Everything mapping needs, JSON-ready.
 
     ``fused``: module path to its parts in order, each with ``total`` and ``local`` columns and ``replicas`` (how many
-    ranks hold the same part). ``same``: paths to the first path of the same module. ``meanings``: module path to the
+    ranks hold the same part). ``same``: paths to the first path of the same module. ``compiled``: paths of modules that
+    run as compiled graphs, inside which hooks do not fire. ``meanings``: module path to the
     reason it must not be compared by name. ``packed``: ``packed_modules_mapping`` as declared. ``attention``: names of
     the attention backends. ``windows``: module path of each attention whose cache forgets what lies behind its sliding
     window, to the window's length. ``chunks``: the same of those that see chunks.
@@ -33,6 +34,7 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "modules": [n for n, _ in named],
         "same": other_paths(model),
+        "compiled": [n for n, m in named if getattr(m, "do_not_compile", True) is False],
         "fused": fused,
         "meanings": meanings,
         "packed": packed,
