@@ -16,18 +16,17 @@ from typing import Any
 import msgspec
 
 from paritykit.captures.feed import Feed
+from paritykit.captures.manifest import Manifest
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
-from paritykit.comparison.ensemble import Ensemble
+from paritykit.comparison.ensemble import DrawPlan, Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError, ParityError
 from paritykit.store import Store, joined_key
 
-DRAWS, SEED = 8, 0
-"""Draws of the twin's rounding: the more, the surer is how far numbers scatter, and as many times its computation."""
 UNKNOWN = "this reference is not run in two dtypes"
 PRECISION = {"float16": 1, "bfloat16": 1, "float32": 2, "float64": 3}
 ABOVE = {"float16": "float32", "bfloat16": "float32", "float32": "float64"}
@@ -48,7 +47,8 @@ class Reference:
 
     ``no_floor`` says why there is no twin, ``no_ensemble`` why its rounding could not be drawn anew. ``variants`` are
     other ways to run it in the twin's dtype, by what differs; a variant gets all cases in one batch. ``host`` is a
-    process of their own that they all share.
+    process of their own that they all share. ``cache`` is the dtype of a candidate's KV cache where that is of 8 bits:
+    the draws then keep theirs so.
     """
 
     truth: Role
@@ -63,6 +63,7 @@ class Reference:
     cases: list[Case] = field(default_factory=list)
     progress: Progress | None = None
     starts: dict[str, int] = field(default_factory=dict)
+    cache: str = ""
     _drawing: bool = False
 
     def prepare(self, *, folder: Path, cases: list[Case], progress: Progress | None) -> None:
@@ -90,8 +91,15 @@ class Reference:
 
     @property
     def ensemble(self) -> Ensemble | None:
-        """What ``DRAWS`` draws of the twin's rounding do, measured against the truth; None where it has none."""
-        return self._twins[1]
+        """What draws of the twin's rounding do, measured against the truth; None where it has none."""
+        return self._cached if self.cache else self._twins[1]
+
+    @cached_property
+    def _cached(self) -> Ensemble | None:
+        """The ensemble where keys and values are kept in ``cache``."""
+        if self._twins[1] is None:
+            return None
+        return self._draw(self.capture, self._forced(self.capture), self._opened_twin)
 
     @cached_property
     def _twins(self) -> tuple[Capture | None, Ensemble | None]:
@@ -112,38 +120,45 @@ class Reference:
 
         The twin's engine stays open for the next, until ``close``.
         """
-        if self.ensemble is None or self.twin is None:
+        if self.ensemble is None:
             return None
-        if not self._drawing:
-            self.twin.engine.open()
-            self._drawing = True
         out = self.folder / f"drawn-{uuid.uuid4().hex[:8]}"
         forced = [c for c in self._forced(self.capture) if c.id in cases]
-        truth = self.capture.path
-        found: Ensemble = self.twin.engine.draw(forced, truth=truth, out=out, draws=DRAWS, seed=SEED, feed=feed)
+        plan = DrawPlan(feed=feed, cache=self.cache)
+        found: Ensemble = self._opened_twin().draw(forced, truth=self.capture.path, out=out, plan=plan)
         return found
+
+    def _opened_twin(self) -> Any:
+        """The twin's engine, to stay open until ``close``."""
+        engine: Any = self.twin.engine if self.twin else None
+        if not self._drawing:
+            engine.open()
+            self._drawing = True
+        return engine
 
     def _forced(self, truth: Capture) -> list[Case]:
         return [c.force(truth.continuation(c.id)) for c in self.cases]
 
     def _draw(self, truth: Capture, cases: list[Case], start: Callable[[], Engine]) -> Ensemble | None:
         """Kept as a capture is. An ensemble that cannot be had costs the ensemble, not the run."""
+        plan = DrawPlan(cache=self.cache)
 
         def make(out: Path) -> Ensemble:
             engine: Any = start()
             if "draw" not in engine.capabilities:
                 raise EngineError("the reference does not draw its rounding anew")
-            found: Ensemble = engine.draw(
-                cases, truth=truth.path, out=out, draws=DRAWS, seed=SEED, progress=self.progress
-            )
+            found: Ensemble = engine.draw(cases, truth=truth.path, out=out, plan=plan, progress=self.progress)
             return found
 
-        scratch, keys = self.folder / "ensemble", [r.key for r in (self.truth, self.twin) if r is not None]
+        scratch, keys = (
+            self.folder / f"ensemble-{plan.cache}",
+            [r.key for r in (self.truth, self.twin) if r is not None],
+        )
         try:
             if self.store is None or not all(keys):
                 return make(scratch)
             parts = [key(cases) for key in keys if key is not None]
-            name = joined_key(*parts, f"{DRAWS} draws, seed {SEED}")
+            name = joined_key(*parts, f"{plan.draws} draws, seed {plan.seed}", *filter(None, (plan.cache,)))
             return self.store.take(name, make, scratch=scratch, read=Ensemble.open)
         except ParityError as error:
             self.no_ensemble = str(error).splitlines()[0]
@@ -201,3 +216,9 @@ class Reference:
         finally:
             for engine in opened:
                 engine.close()
+
+
+def small_cache(manifest: Manifest) -> str:
+    """The dtype of a candidate's KV cache, as its capture tells it, where that is of 8 bits; empty for any other."""
+    dtype: str = manifest.facts.get("cache", "")
+    return dtype if dtype.startswith("float8") else ""

@@ -50,7 +50,7 @@ from paritykit.meanings import settle
 from paritykit.notes import Ran, attempt, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
-from paritykit.reference import Reference, Role
+from paritykit.reference import Reference, Role, small_cache
 from paritykit.replays import Replays
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.routed import Routed
@@ -150,6 +150,7 @@ class Session:
         """What checks look at. Raises UsageError for a rule of the user's that fits nothing."""
         twin = self._reference.twin_capture
         mapping = build_mapping(self.reference.manifest, self.candidate.manifest, user=self._rules)
+        self._reference.cache = small_cache(self.candidate.manifest)
         return Subject(
             reference=self.reference,
             candidate=self.candidate,

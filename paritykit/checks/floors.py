@@ -149,7 +149,8 @@ def sound_positions(
     else:
         factor = FACTOR if policy is None or policy.factor is None else policy.factor
         luck = chance(min(noise.features, DEGREES)) if alone else 1.0
-        far = beyond_floor(noise, dtype=dtypes[1], factor=factor * luck)
+        draws = drawn_at(subject, rule, case, places)
+        far = beyond_floor(noise, dtype=dtypes[1], factor=factor * luck, draws=draws)
     return {place: not beyond for place, beyond in zip(places, far, strict=True)}
 
 

@@ -26,6 +26,20 @@ INDEX, TENSORS = "ensemble.json", "ensemble.safetensors"
 PARTS = ("rows", "channel", "numbers")
 
 
+class DrawPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How a reference's rounding is drawn anew: so many ``draws``, the same ones for the same ``seed``.
+
+    With ``feed`` modules go on with what that gives; ``cache`` is the dtype in which keys and values are kept, one of 8
+    bits, or empty where they are kept as they are.
+    """
+
+    draws: int = 8
+    """The more, the surer is how far numbers scatter, and as many times the reference's own computation."""
+    seed: int = 0
+    feed: Feed | None = None
+    cache: str = ""
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A point of a case, and the number of its tensors in the file."""
 

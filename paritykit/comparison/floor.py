@@ -194,10 +194,11 @@ def _worst(
     return Guard(metric, ours[at], float(floors[at]), chance(numbers))
 
 
-def beyond_floor(noise: Noise, *, dtype: str, factor: float = FACTOR) -> list[bool]:
-    """For each row whether the candidate's error there is beyond ``factor`` times the floor."""
-    least = max(half_ulp(dtype), sorted(noise.twin.row)[noise.rows // 2])
-    return [not c <= factor * max(w, least) for c, w in zip(noise.candidate.row, noise.twin.row, strict=True)]
+def beyond_floor(noise: Noise, *, dtype: str, factor: float = FACTOR, draws: PointDraws | None = None) -> list[bool]:
+    """For each row whether the candidate's error there is beyond ``factor`` times the floor: of ``draws``, if any."""
+    rows = noise.twin.row if draws is None else np.sqrt(np.square(draws.row).mean(0)).tolist()
+    least = max(half_ulp(dtype), sorted(rows)[noise.rows // 2])
+    return [not c <= factor * max(w, least) for c, w in zip(noise.candidate.row, rows, strict=True)]
 
 
 def _exact(measured: Measurement, dtype: str) -> Judged:

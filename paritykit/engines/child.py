@@ -114,10 +114,8 @@ class _Host:
             order.cases,
             truth=Path(order.truth),
             out=Path(order.out),
-            draws=order.draws,
-            seed=order.seed,
+            plan=order.plan,
             progress=self._progress,
-            feed=order.feed,
         )
 
     def _run(self, order: RunCases) -> None:

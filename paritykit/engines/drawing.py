@@ -24,27 +24,32 @@ from paritykit.comparison.ensemble import EnsembleWriter, PointDraws
 from paritykit.comparison.noise import LEAST_CHANNEL, Floats, median, scales_of, share_of
 from paritykit.comparison.spread import sums_of
 from paritykit.engines.base import Progress
-from paritykit.engines.kv import CacheReading
+from paritykit.engines.kv import CacheReading, Stored
 
 TOGETHER = 1 << 27
 """Logits, at most, of copies that are run at once: half a gigabyte in float32."""
 
 
 class Drawing:
-    """Runs ``draws`` copies of each case through a transformers model, and measures them against ``truth``."""
+    """Runs ``draws`` copies of each case through a transformers model, and measures them against ``truth``.
 
-    def __init__(self, model: Any, truth: Capture, *, draws: int, vocabulary: int) -> None:
+    ``stored`` is what a KV cache makes of keys and values.
+    """
+
+    def __init__(
+        self, model: Any, truth: Capture, *, draws: int, vocabulary: int, stored: Stored | None = None
+    ) -> None:
         self._model, self._draws, self._vocabulary = model, draws, vocabulary
         self._meter, self._layout = DrawMeter(truth), DenseLayout()
+        self._stored = stored
 
     def run(
         self, cases: Sequence[Case], *, feeder: Feeder | None = None, progress: Progress | None = None
     ) -> EnsembleWriter:
         """What the copies gave, case after case; with ``feeder`` modules go on with what that gives."""
         writer = EnsembleWriter()
-        recorder = Recorder(
-            self._model, self._meter, reading=CacheReading(), selection=Selection(), alias=True, feeder=feeder
-        )
+        reading = CacheReading(stored=self._stored)
+        recorder = Recorder(self._model, self._meter, reading=reading, selection=Selection(), alias=True, feeder=feeder)
         with recorder:
             for number, case in enumerate(cases):
                 if progress:

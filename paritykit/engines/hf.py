@@ -27,7 +27,7 @@ from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Recorder, Selection
 from paritykit.captures.writer import CaptureFolder, PartWriter
 from paritykit.case import Case
-from paritykit.comparison.ensemble import Ensemble
+from paritykit.comparison.ensemble import DrawPlan, Ensemble
 from paritykit.engines.base import Progress, batches
 from paritykit.engines.causal import carried, check_causal, check_complete
 from paritykit.engines.checkpoint import Checkpoint
@@ -140,28 +140,20 @@ class HFEngine:
             return Capture.open(folder.commit(manifest, [written]), verify=False)
 
     def draw(
-        self,
-        cases: list[Case],
-        *,
-        truth: Path,
-        out: Path,
-        draws: int,
-        seed: int,
-        progress: Progress | None = None,
-        feed: Feed | None = None,
+        self, cases: list[Case], *, truth: Path, out: Path, plan: DrawPlan, progress: Progress | None = None
     ) -> Ensemble:
-        """Run ``draws`` copies of each case, each copy's rounding drawn anew, and measure them against a capture.
+        """Run copies of each case, each copy's rounding drawn anew by ``plan``, and measure them against a capture.
 
         ``cases`` are read at once, to their last forced token; ``truth`` is a capture of them. The ensemble goes into
-        the new folder ``out``. With ``feed`` modules go on with the truth's values, as in ``run``. The same ``seed``
-        gives the same.
+        the new folder ``out``.
         """
-        capture, redrawing = Capture.open(truth, verify=False), Redrawing(seed)
-        drawing = Drawing(self._model, capture, draws=draws, vocabulary=self.checkpoint.vocab_size)
+        capture, redrawing = Capture.open(truth, verify=False), Redrawing(plan.seed)
+        stored = redrawing.stored_in(getattr(torch, plan.cache)) if plan.cache else None
+        drawing = Drawing(self._model, capture, draws=plan.draws, vocabulary=self.checkpoint.vocab_size, stored=stored)
         with torch.no_grad(), self._precision(), redrawing, quiet():
-            writer = drawing.run(cases, feeder=make_feeder(feed, cases), progress=progress)
+            writer = drawing.run(cases, feeder=make_feeder(plan.feed, cases), progress=progress)
         out.mkdir(parents=True)
-        writer.write(out, draws=draws, seed=seed, dtype=str(self._dtype).removeprefix("torch."))
+        writer.write(out, draws=plan.draws, seed=plan.seed, dtype=str(self._dtype).removeprefix("torch."))
         return Ensemble.open(out)
 
     def describe(self) -> Side:

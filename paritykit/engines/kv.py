@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,19 @@ from paritykit.captures.manifest import CACHE_PORTS
 from paritykit.captures.recorder import Seen
 from paritykit.engines.reading import FirstTensor
 
+Stored = Callable[[torch.Tensor], torch.Tensor]
+"""What a cache makes of the numbers that it is handed."""
+
 
 class CacheReading(FirstTensor):
     """Reads transformers' modules, and what attention modules hand to the KV cache, as soon as a hook fires after it.
 
-    That is what the cache holds, in every row: sliding layers of transformers' cache forget all but their window.
+    That is what the cache holds, in every row: sliding layers of transformers' cache forget all but their window. With
+    ``stored`` it is kept, and shown, as that makes it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stored: Stored | None = None) -> None:
+        self._stored = stored
         self._entered: dict[int, list[nn.Module]] = defaultdict(list)
         self._handed: list[Seen] = []
         self._watched: Any = None
@@ -51,6 +56,8 @@ class CacheReading(FirstTensor):
         update = cache.update
 
         def watched(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if self._stored is not None:
+                keys, values = self._stored(keys), self._stored(values)
             owner = self._entered[layer_idx][-1] if self._entered[layer_idx] else None
             if owner is not None:
                 pair = zip(CACHE_PORTS, (keys, values), strict=True)

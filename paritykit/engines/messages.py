@@ -8,6 +8,7 @@ import msgspec
 
 from paritykit.captures.feed import Feed
 from paritykit.case import Case
+from paritykit.comparison.ensemble import DrawPlan
 from paritykit.results import Side
 
 
@@ -29,17 +30,15 @@ class RunCases(msgspec.Struct, tag=True):
 
 
 class DrawRounding(msgspec.Struct, tag=True):
-    """Run ``draws`` copies of cases with their rounding drawn anew, and measure them against the capture ``truth``.
+    """Run copies of cases with their rounding drawn anew, and measure them against the capture ``truth``.
 
-    The ensemble goes into folder ``out``; with ``feed``, the copies are fed so.
+    The ensemble goes into folder ``out``.
     """
 
     cases: list[Case]
     truth: str
     out: str
-    draws: int
-    seed: int
-    feed: Feed | None = None
+    plan: DrawPlan
 
 
 class ReadLedger(msgspec.Struct, tag=True):

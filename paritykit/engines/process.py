@@ -20,7 +20,7 @@ from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
-from paritykit.comparison.ensemble import Ensemble
+from paritykit.comparison.ensemble import DrawPlan, Ensemble
 from paritykit.engines.base import Progress
 from paritykit.engines.failure import explain, keep_log
 from paritykit.engines.group import end_group
@@ -256,19 +256,10 @@ class ProcessEngine:
         return Capture.open(out)
 
     def draw(
-        self,
-        cases: list[Case],
-        *,
-        truth: Path,
-        out: Path,
-        draws: int,
-        seed: int,
-        progress: Progress | None = None,
-        feed: Feed | None = None,
+        self, cases: list[Case], *, truth: Path, out: Path, plan: DrawPlan, progress: Progress | None = None
     ) -> Ensemble:
         """See ``HFEngine.draw``: an engine that is capable of ``draw`` has it."""
-        order = DrawRounding(cases, str(truth.absolute()), str(out.absolute()), draws, seed, feed)
-        self.host.ask(order, progress=progress)
+        self.host.ask(DrawRounding(cases, str(truth.absolute()), str(out.absolute()), plan), progress=progress)
         return Ensemble.open(out)
 
     def ledger(self) -> list[RankLedger]:

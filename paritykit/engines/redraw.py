@@ -9,7 +9,7 @@ largest part of its rounding, and kernels add in any order: what the longest ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,25 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if dtype == torch.float32 and func.overloadpacket.__name__ != "convolution":  # its sums are short
             found = self._summed(found, Product.of(operands, kwargs or {}))
         return found.to(dtype)
+
+    def stored_in(self, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What keeping numbers in ``dtype`` may make of them: each loses up to one unit in its last place.
+
+        So much is lost where a kernel cuts them, as vLLM's does on a CPU for caches of 8 bits; rounding to nearest
+        loses up to half of it. Below the smallest normal number, as if they had been kept with a scale of one.
+        """
+        info = torch.finfo(dtype)
+
+        def stored(numbers: torch.Tensor) -> torch.Tensor:
+            wide = numbers.float()
+            _, exponent = torch.frexp(wide)
+            unit = torch.ldexp(torch.full_like(wide, info.eps), exponent - 1).clamp_(
+                min=info.smallest_normal * info.eps
+            )
+            lost = unit.mul_(self._noise(wide).abs()).minimum(wide.abs())
+            return (wide - wide.sign() * lost).to(numbers.dtype)
+
+        return stored
 
     def _summed(self, found: torch.Tensor, call: Product) -> torch.Tensor:
         """A product in float32 with what its sums lose in their longest order."""

@@ -74,12 +74,10 @@ def test_a_config_that_does_not_say_how_experts_are_scored(bench: Bench, tmp_pat
 @pytest.mark.parametrize("theta", [None, 50.0])
 def test_a_compiled_graph_is_compared_where_it_shows(bench: Bench, tmp_path: Path, theta: float | None) -> None:
     """At the cache, the logits and the tokens; a fault inside it shows there too."""
-    wrong = (
-        {} if theta is None else {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}}
-    )
+    changed = {} if theta is None else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     model = tiny_model("qwen2")
     reference = bench.reference(model, names=("short", "long-40"))
-    results = compare_captures(reference, bench.candidate(model, reference, enforce_eager=False, **wrong))
+    results = compare_captures(reference, bench.candidate(model, reference, enforce_eager=False, hf_overrides=changed))
     assert results.summary.verdict == ("pass" if theta is None else "fail"), results.summary
     assert results.summary.unmatched == 0
     assert {f.check for f in results.findings} == {"modules", "logits", "tokens"}

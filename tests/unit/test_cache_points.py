@@ -21,7 +21,7 @@ from paritykit.checks.base import Subject
 from paritykit.checks.modules import cached
 from paritykit.diagnose.locate import Graph, locate
 from paritykit.engines.hf import HFEngine
-from paritykit.engines.vllm.kv import BlockLayout, CacheReader
+from paritykit.engines.vllm.kv import BlockLayout, CacheReader, stored_dtype
 from paritykit.errors import EngineError
 from paritykit.mapping.build import NO_CACHE, build_mapping
 from paritykit.runner import compare_captures
@@ -100,10 +100,44 @@ def test_a_layout_that_cannot_be_read_is_an_error(kind: type[PackedLayer]) -> No
         BlockLayout.find(layer)
 
 
-def test_a_quantised_cache_is_not_read() -> None:
-    layer = PackedLayer(torch.arange(24), (3, 2, 2), blocks=2, dtype=torch.float32)
-    layer.kv_cache = layer.kv_cache.to(torch.float8_e4m3fn)
-    with pytest.raises(EngineError, match="float8"):
+class PackedBytes(PackedLayer):
+    """One that keeps 8 bits of each number, divided by a scale and cut, as vLLM's kernels for CPUs do."""
+
+    def __init__(self, order: torch.Tensor, shape: tuple[int, int, int], *, name: str, scales: tuple[float, float]):
+        super().__init__(order, shape, blocks=4, dtype=torch.uint8)
+        self.kv_cache_dtype, (self._k_scale_float, self._v_scale_float) = name, scales
+
+    def do_kv_cache_update(self, _: Any, key: Any, value: Any, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        dtype = stored_dtype(self)
+        assert dtype is not None
+        pair = key / self._k_scale_float, value / self._v_scale_float
+        super().do_kv_cache_update(_, *(cut(p.float(), dtype).view(torch.uint8) for p in pair), cache, slots)
+
+
+def cut(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded towards zero."""
+    nearest = numbers.to(dtype)
+    beyond = nearest.float().abs() > numbers.abs()
+    return torch.where(beyond, nearest.view(torch.uint8) - 1, nearest.view(torch.uint8)).view(dtype)
+
+
+@given(st.data(), st.sampled_from(["fp8", "fp8_e4m3", "fp8_e5m2"]), st.tuples(*[st.floats(0.01, 30.0)] * 2))
+def test_a_cache_of_bytes_is_read_with_its_scales(data: st.DataObject, name: str, scales: tuple[float, float]) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4)))
+    layer = PackedBytes(torch.randperm(2 * math.prod(shape)), shape, name=name, scales=scales)
+    rows = torch.randn(2, shape[0], *shape[1:], generator=torch.Generator().manual_seed(1))
+    layer.do_kv_cache_update(layer, *rows, layer.kv_cache, torch.arange(shape[0]))
+    _, found = CacheReader().read(layer, torch.arange(4), shape[0])
+    dtype = stored_dtype(layer)
+    assert dtype is not None
+    for kept, row, scale in zip(found, rows, scales, strict=True):
+        assert torch.equal(kept, cut(row / scale, dtype).float() * scale)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", ""])
+def test_a_cache_of_bytes_in_a_format_that_is_not_known_is_not_read(name: str) -> None:
+    layer = PackedBytes(torch.arange(24), (3, 2, 2), name=name, scales=(1.0, 1.0))
+    with pytest.raises(EngineError, match="uint8"):
         BlockLayout.find(layer)
 
 

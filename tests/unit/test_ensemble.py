@@ -194,6 +194,18 @@ def test_what_is_added_to_a_product_is_no_part_of_its_sums(added: float) -> None
         assert (drawn[1] - drawn[0]).abs().max() <= 2 * 2**-24 * max(2 * added, drawn[0].abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_a_cache_of_bytes_may_lose_is_lost_between_cut_and_kept(dtype: torch.dtype) -> None:
+    x = torch.randn(4096) * torch.logspace(-4, 1, 4096)
+    found = Redrawing(1).stored_in(dtype)(x)
+    nearest = x.to(dtype).float()
+    assert (found.abs() <= x.abs()).all()
+    assert (found.sign() == x.sign()).logical_or(found == 0).all()
+    one_unit = torch.finfo(dtype).eps * x.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    assert ((x - found).abs() <= one_unit).all()
+    assert (x - found).norm() > 1.5 * (x - nearest).norm()
+
+
 def test_the_same_seed_draws_the_same() -> None:
     layer, x = nn.Linear(64, 64), torch.randn(3, 64)
     with torch.no_grad():

@@ -158,8 +158,8 @@ class Worker:
         return None if watch is None else watch.finish()
 
     def facts(self) -> dict[str, Any]:
-        """See ``module_facts``."""
-        return module_facts(self.model)
+        """See ``module_facts``; ``cache`` is the dtype of the numbers in the KV cache."""
+        return {**module_facts(self.model), "cache": self.settings.kv_dtype}
 
     def ledger(self) -> RankLedger:
         """Where this rank's loader put every weight. Raises EngineError if it was not traced."""

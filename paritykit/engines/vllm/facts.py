@@ -9,7 +9,7 @@ from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from paritykit.engines.reading import other_paths
-from paritykit.engines.vllm.kv import chunk_of, is_readable, window_of
+from paritykit.engines.vllm.kv import chunk_of, is_readable, stored_dtype, window_of
 from paritykit.engines.vllm.semantics import PARTIAL, is_partial, other_meaning
 
 Part = dict[str, int]
@@ -20,10 +20,11 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
 
     ``fused``: module path to its parts in order, each with ``total`` and ``local`` columns and ``replicas`` (how many
     ranks hold the same part). ``same``: paths to the first path of the same module. ``compiled``: paths of modules that
-    run as compiled graphs, inside which hooks do not fire. ``meanings``: module path to the
-    reason it must not be compared by name. ``packed``: ``packed_modules_mapping`` as declared. ``attention``: names of
-    the attention backends. ``windows``: module path of each attention whose cache forgets what lies behind its sliding
-    window, to the window's length. ``chunks``: the same of those that see chunks.
+    run as compiled graphs, inside which hooks do not fire. ``meanings``: module path to the reason it must not be
+    compared by name. ``packed``: ``packed_modules_mapping`` as declared. ``attention``: names of the attention
+    backends. ``cache``: the dtype of the numbers in the KV cache. ``windows``: module path of each attention whose
+    cache forgets what lies behind its sliding window, to the window's length. ``chunks``: the same of those that see
+    chunks.
     """
     named = list(model.named_modules(remove_duplicate=False))
     fused = {n: parts for n, m in named if (parts := fused_parts(m))}
@@ -39,6 +40,9 @@ def module_facts(model: nn.Module) -> dict[str, Any]:
         "meanings": meanings,
         "packed": packed,
         "attention": attention_backends(model),
+        "cache": next(
+            (str(d).removeprefix("torch.") for _, m in named if is_readable(m) and (d := stored_dtype(m))), ""
+        ),
         "windows": {n.rpartition(".")[0]: w for n, m in named if is_readable(m) and (w := window_of(m))},
         "chunks": {n.rpartition(".")[0]: c for n, m in named if is_readable(m) and (c := chunk_of(m))},
     }

@@ -15,7 +15,13 @@ import torch
 from paritykit.errors import EngineError
 
 BASE = 128
-"""Digits below this are exact in every dtype that a cache is kept in, bfloat16 too."""
+"""Digits below this are exact in every dtype of two bytes that a cache is kept in, bfloat16 too."""
+BASE_OF_A_BYTE = 8
+"""The same for both formats of 8 bits."""
+SAFE = 1 + 1 / 64
+"""Digits are written a little larger: a kernel that cuts what a scale has made a little smaller then keeps them."""
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""What vLLM's names of cache dtypes mean, where the cache itself is one of bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,11 @@ class BlockLayout:
     @classmethod
     def find(cls, layer: Any) -> BlockLayout:
         """The layout that an attention layer of vLLM writes. Raises EngineError where it cannot be found out."""
-        cache, heads = layer.kv_cache, layer.num_kv_heads
+        cache, heads, dtype = layer.kv_cache, layer.num_kv_heads, stored_dtype(layer)
         widths = layer.head_size, getattr(layer, "head_size_v", layer.head_size)
         block = torch.zeros_like(cache[:1])
         slots = block.numel() // (heads * sum(widths))
-        if not slots or not cache.is_floating_point() or cache.element_size() < 2:
+        if not slots or dtype is None:
             raise EngineError(f"a cache of {cache.dtype} {list(cache.shape)} cannot be read")
         shapes = [(slots, heads, w) for w in widths]
         found = _search(layer, block, shapes)
@@ -57,18 +63,21 @@ class BlockLayout:
 
 def _search(layer: Any, block: torch.Tensor, shapes: list[tuple[int, int, int]]) -> torch.Tensor:
     """Which element, counted from 1 over keys and then values, each place of the flattened block holds; 0 for none."""
-    total = sum(map(math.prod, shapes))
+    dtype, total = stored_dtype(layer) or block.dtype, sum(map(math.prod, shapes))
+    bytewise = dtype.itemsize == 1
+    base, wide = (BASE_OF_A_BYTE, torch.bfloat16) if bytewise else (BASE, dtype)
+    sizes = [SAFE * scale for scale in scales_of(layer)] if bytewise else [1.0, 1.0]
     numbers = torch.arange(1, total + 1, device=block.device)
     slots = torch.arange(shapes[0][0], device=block.device)
     found = torch.zeros(block.numel(), dtype=torch.int64, device=block.device)
     scale = 1
     while scale <= total:
-        digits = (numbers // scale % BASE).to(block.dtype)
+        digits = (numbers // scale % base).to(wide)
         parts = torch.split(digits, [math.prod(s) for s in shapes])
-        keys, values = (p.view(s) for p, s in zip(parts, shapes, strict=True))
+        keys, values = (p.view(s) * size for p, s, size in zip(parts, shapes, sizes, strict=True))
         layer.impl.do_kv_cache_update(layer, keys, values, block.zero_(), slots)
-        found += block.flatten().to(torch.int64) * scale
-        scale *= BASE
+        found += block.flatten().view(dtype).to(wide).to(torch.int64) * scale
+        scale *= base
     return found
 
 
@@ -91,7 +100,11 @@ class CacheReader:
         """
         start = first_kept(layer, end)
         positions = torch.arange(start, end, device=table.device)
-        return start, self.layout(layer).read(layer.kv_cache, table, positions)
+        pair = self.layout(layer).read(layer.kv_cache, table, positions)
+        dtype = stored_dtype(layer)
+        if dtype is not None and dtype.itemsize == 1:
+            pair = [p.view(dtype).float() * scale for p, scale in zip(pair, scales_of(layer), strict=True)]
+        return start, pair
 
     def layout(self, layer: Any) -> BlockLayout:
         """How the layer's blocks are packed. Raises EngineError where it cannot be found out."""
@@ -105,7 +118,20 @@ def _kind(layer: Any) -> tuple[Any, ...]:
     """What the layout of a layer's blocks depends on."""
     cache, heads = layer.kv_cache, (layer.num_kv_heads, layer.head_size, getattr(layer, "head_size_v", 0))
     backend = (type(layer.impl), getattr(layer.impl, "isa", None) or getattr(layer, "isa", None))
-    return (*backend, cache.dtype, cache.shape[1:], cache.stride(), *heads)
+    return (*backend, cache.dtype, stored_dtype(layer), cache.shape[1:], cache.stride(), *heads)
+
+
+def stored_dtype(layer: Any) -> torch.dtype | None:
+    """The format of the numbers in a layer's cache; None for one that cannot be read."""
+    dtype: torch.dtype = layer.kv_cache.dtype
+    if dtype.itemsize > 1:
+        return dtype if dtype.is_floating_point else None
+    return FP8.get(getattr(layer, "kv_cache_dtype", ""))
+
+
+def scales_of(layer: Any) -> tuple[float, float]:
+    """What the numbers that a layer keeps in 8 bits were divided by: keys, and values."""
+    return float(getattr(layer, "_k_scale_float", 1.0)), float(getattr(layer, "_v_scale_float", 1.0))
 
 
 def is_readable(layer: Any) -> bool:

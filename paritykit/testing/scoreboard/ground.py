@@ -14,12 +14,12 @@ from paritykit.captures.feed import Feed
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
-from paritykit.comparison.ensemble import Draw, Ensemble
+from paritykit.comparison.ensemble import Draw, DrawPlan, Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
 from paritykit.engines.process import HostPool, ProcessEngine
-from paritykit.reference import ABOVE, DRAWS, SEED
+from paritykit.reference import ABOVE
 
 ROOM = 3
 """Engines in this process that stay open; in another process it is one for each number of ranks."""
@@ -143,7 +143,7 @@ class Ground:
         self.hosts.stop()
 
     def _draw(self, engine: Any, cases: list[Case], truth: Capture, *, feed: Feed | None = None) -> Ensemble:
-        found: Ensemble = engine.draw(cases, truth=truth.path, out=self.scratch(), draws=DRAWS, seed=SEED, feed=feed)
+        found: Ensemble = engine.draw(cases, truth=truth.path, out=self.scratch(), plan=DrawPlan(feed=feed))
         return found
 
     @contextlib.contextmanager
