@@ -4,13 +4,16 @@ Each point of check ``modules`` that fails is looked at over all cases. Where wh
 of the candidate's numbers is looked for that makes it the reference's point; the mapping then has that reading, and the
 point is judged by it. Where none fits, the point is *named alike*, if its error would have been seen in what follows: a
 small fault that a residual stream dilutes stays a failure. Nothing is done in a run in which no module fails.
+
+Where a real fault beside such a point makes what is computed from it wrong too, a replay tells them apart: putting the
+reference's value in the place of a point that means something else makes the module around it worse.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -43,14 +46,48 @@ def settle(subject: Subject, findings: list[Finding]) -> list[Finding]:
     """
     if not any(f.check == CHECK and f.verdict == "fail" for f in findings):
         return findings
-    found = _Meanings(subject, findings).settled()
-    cases = dict.fromkeys(f.case for f in found)
+    return _located(subject, _Meanings(subject, findings).settled())
+
+
+def read_alone(local: Subject, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
+    """Points of the ``doubted`` kinds for which a reading was found, which the mapping now has.
+
+    In ``local`` the candidate was fed the reference's values everywhere but there. So nothing that fails was handed
+    anything wrong, and a reading must make every point of its kind the reference's.
+    """
+    kinds = set(map(kind_of, doubted))
+    rules = [r for r in local.mapping.rules if kind_of(r.reference) in kinds]
+    found = [measure_point(local, rule, case, check=CHECK) for rule in rules for case in cases]
+    failing = {f.point for f in found if f.verdict == "fail"} - local.mapping.stated
+    meanings = _Meanings(local, found)
+    for keys in meanings.kinds(failing):
+        meanings.read(keys)
+    return [r.reference for r in local.mapping.rules if r.reading and r.reference in failing]
+
+
+def measured_anew(subject: Subject, findings: list[Finding], points: Collection[str]) -> list[Finding]:
+    """``findings`` with those of ``points`` made again, by the rules that the mapping has now."""
+    rules = {r.reference: r for r in subject.mapping.rules}
+    found = [
+        msgspec.structs.replace(
+            measure_point(subject, rules[f.point], f.case, check=CHECK), reading=rules[f.point].reading
+        )
+        if f.point in points and _is_point(f)
+        else f
+        for f in findings
+    ]
+    return _located(subject, found)
+
+
+def _located(subject: Subject, findings: list[Finding]) -> list[Finding]:
+    """Those of points marked introduced or inherited, in order of execution; then the others."""
+    cases = dict.fromkeys(f.case for f in findings)
     modules = [
         located
         for case in cases
-        for located in locate((f for f in found if f.case == case and _is_point(f)), subject.graph)
+        for located in locate((f for f in findings if f.case == case and _is_point(f)), subject.graph)
     ]
-    return modules + [f for f in found if not _is_point(f)]
+    return modules + [f for f in findings if not _is_point(f)]
 
 
 def _is_point(finding: Finding) -> bool:
@@ -67,8 +104,8 @@ class _Meanings:
         self._tree = Tree(subject.reference.manifest)
 
     def settled(self) -> list[Finding]:
-        for keys in self._kinds(self._silent_now()[1]):
-            self._read(keys)
+        for keys in self.kinds(self._silent_now()[1]):
+            self.read(keys)
         flow, silent = self._silent_now()
         for key in sorted(silent, key=self._subject.graph.order):
             if key in self._misfits:
@@ -112,14 +149,14 @@ class _Meanings:
             return False
         return any(_inherited(self._subject, rule, after, case) for case in self._cases)
 
-    def _kinds(self, silent: Iterable[str]) -> list[list[str]]:
+    def kinds(self, silent: Iterable[str]) -> list[list[str]]:
         """The silent points, those of one kind together, in order of execution."""
         kinds: dict[str, list[str]] = defaultdict(list)
         for key in sorted(silent, key=self._subject.graph.order):
             kinds[kind_of(key)].append(key)
         return list(kinds.values())
 
-    def _read(self, keys: list[str]) -> None:
+    def read(self, keys: list[str]) -> None:
         """Take the reading that fits at all of ``keys``, which are of one kind; nothing where there is none.
 
         It is looked for at the last: what lies before it lies before the first only where there is something.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from paritykit.case import Case
 from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
 from paritykit.comparison.ensemble import Draw, Ensemble
+from paritykit.comparison.readings import kind_of
 from paritykit.comparison.routing import find_routers
 from paritykit.diagnose.replay import Descent, Look, Place, Replayed, expose, refine
 from paritykit.diagnose.slices import find_slices
@@ -23,6 +25,7 @@ from paritykit.engines.base import Progress
 from paritykit.errors import ParityError
 from paritykit.mapping.feeding import can_feed, make_feed
 from paritykit.mapping.rules import Rule
+from paritykit.meanings import measured_anew, read_alone
 from paritykit.results import Finding, Local
 
 CHECKS = ("modules", "logits")
@@ -43,6 +46,7 @@ class Replays:
         self._subject, self._engine, self._draw, self._progress = subject, engine, draw, progress
         self._rules = {r.reference: r for r in subject.mapping.rules}
         self._known: dict[str, Replayed] = {}
+        self._anew: list[str] = []
 
     @property
     def done(self) -> frozenset[str]:
@@ -61,7 +65,10 @@ class Replays:
         cases = [c for c in dict.fromkeys(f.case for f in failing) if c not in self._known]
         try:
             if cases:
-                replayed = self._replayed(cases, [f for f in mine if f.case in cases])
+                replayed = self._descent(cases, mine).replay()
+                if replayed.doubted and self._read_anew(replayed.doubted, cases):
+                    findings = measured_anew(self._subject, findings, self._anew)
+                    replayed = self._descent(cases, [f for f in findings if f.check in CHECKS]).replay()
                 self._known |= dict.fromkeys(cases, replayed)
         except ParityError as error:
             self._known |= dict.fromkeys(cases, Replayed())
@@ -85,8 +92,17 @@ class Replays:
             return [_unmeasured(f, str(error)) if f is first else f for f in findings]
         return [expose(f) for f in refine(findings, found)]
 
-    def _replayed(self, cases: Sequence[str], free: Iterable[Finding]) -> Replayed:
-        return self._descent(cases, free).replay()
+    def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> bool:
+        """Look for readings of these points on what the candidate makes of them where all others are the reference's.
+
+        They are held against the noise floor of the free run: another point that is read with them rounds by itself.
+        The mapping has what was found, and whether anything was is the answer.
+        """
+        others = [k for k in self._rules if kind_of(k) not in set(map(kind_of, doubted))]
+        with self._fed(others, None, with_neighbours(self._subject.candidate, cases)) as capture:
+            self._anew = read_alone(self._subject.again(capture), doubted, cases)
+        self._rules = {r.reference: r for r in self._subject.mapping.rules}
+        return bool(self._anew)
 
     def _descent(self, cases: Sequence[str], free: Iterable[Finding]) -> Descent:
         graph = self._subject.graph
@@ -95,30 +111,34 @@ class Replays:
             graph=graph,
             tree=Tree(self._subject.reference.manifest),
             points=sorted(self._rules, key=graph.order),
-            free=free,
+            free=[f for f in free if f.case in cases],
             run=lambda replaced, shown: self._look(replaced, shown, todo, cases),
         )
 
     def _look(self, replaced: Sequence[str], shown: Sequence[str], todo: list[Case], cases: Sequence[str]) -> Look:
+        routers = [r.key for r in find_routers(self._subject.reference.manifest) if r.key in self._rules]
+        points = [p for k in (*shown, *routers) for p in self._rules[k].points]
+        with self._fed(replaced, points, todo) as capture:
+            done = set(capture.manifest.facts["fed"])
+            whole = [k for k in replaced if can_feed(self._rules[k]) and self._rules[k].candidate in done]
+            found = self._measured(capture, shown, cases, replaced=whole)
+        return Look(found, frozenset(whole))
+
+    @contextmanager
+    def _fed(self, replaced: Sequence[str], points: list[str] | None, todo: list[Case]) -> Iterator[Capture]:
+        """A capture of ``points`` (None: all) where those of the reference's that can be are put in; then removed."""
         subject = self._subject
-        fed = [k for k in replaced if can_feed(self._rules[k])]
         feed = make_feed(
-            (self._rules[k] for k in fed),
+            (self._rules[k] for k in replaced),
             reference=subject.reference.manifest,
             folder=subject.reference.path,
             candidate=subject.candidate.manifest,
         )
-        routers = [r.key for r in find_routers(subject.reference.manifest) if r.key in self._rules]
-        points = [p for k in (*shown, *routers) for p in self._rules[k].points]
         if self._progress:
             self._progress("replaying", 0, 0)
         with tempfile.TemporaryDirectory(prefix="paritykit-replay-") as folder:
-            out = Path(folder) / "capture"
-            capture = self._engine.run(todo, points=Selection(points), out=out, progress=self._progress, feed=feed)
-            done = set(capture.manifest.facts["fed"])
-            whole = [k for k in fed if self._rules[k].candidate in done]
-            found = self._measured(capture, shown, cases, replaced=whole)
-        return Look(found, frozenset(whole))
+            out, selection = Path(folder) / "capture", Selection(points)
+            yield self._engine.run(todo, points=selection, out=out, progress=self._progress, feed=feed)
 
     def _drawn(self, replaced: Sequence[str], cases: Sequence[str]) -> Ensemble | None:
         """What the draws do where these points of the reference's are its true values."""
@@ -134,6 +154,7 @@ class Replays:
     ) -> dict[Place, Finding]:
         subject = self._subject
         again = subject.again(capture, ensemble=self._drawn(replaced, cases))
+        plain = subject.again(capture)  # a reading rounds by itself, and no draw does so where its point was fed
         orders = sorted(subject.graph.order(k) for k in replaced)
         found = {}
         for key in (k for k in shown if self._rules[k].candidate in capture.points):
@@ -141,7 +162,9 @@ class Replays:
             depth = order - max((o for o in orders if o < order), default=0)
             for case in cases:
                 rule = self._rules[key]
-                found[case, key] = self._sliced(measure_point(again, rule, case, check="replay", depth=depth), capture)
+                found[case, key] = self._sliced(
+                    measure_point(plain if rule.made else again, rule, case, check="replay", depth=depth), capture
+                )
         return found
 
     def _sliced(self, finding: Finding, capture: Capture) -> Finding:

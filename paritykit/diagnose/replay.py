@@ -22,6 +22,8 @@ from paritykit.diagnose.tree import Tree
 from paritykit.results import Finding, Local, Slice
 
 LEVELS = ("layers", "blocks", "leaves")
+WORSE = 1.1
+"""A module is worse with the reference's values inside it if its error then is so many times the one without."""
 Place = tuple[str, str]
 """A case and a point."""
 
@@ -40,11 +42,16 @@ Run = Callable[[Sequence[str], Sequence[str]], Look]
 @dataclass(frozen=True)
 class Replayed:
     """Local errors by place, the culprits (places that nothing before or inside explains, to whom to blame), and which
-    part of these is wrong."""
+    part of these is wrong.
+
+    ``doubted`` are points that are wrong and whose replacing made the module around them worse: the candidate may mean
+    something else by their names.
+    """
 
     local: dict[Place, Local] = field(default_factory=dict)
     culprits: dict[Place, str] = field(default_factory=dict)
     slices: dict[Place, list[Slice]] = field(default_factory=dict)
+    doubted: frozenset[str] = frozenset()
 
 
 class _Suspicion(NamedTuple):
@@ -75,6 +82,8 @@ class Descent:
         self._local: dict[Place, Local] = {}
         self._slices: dict[Place, list[Slice]] = {}
         self._suspicions: list[_Suspicion] = []
+        self._errors: dict[Place, float] = {}
+        self._worse: dict[Place, int] = {}
 
     def replay(self) -> Replayed:
         """Run level after level, while something is left to look into."""
@@ -89,7 +98,7 @@ class Descent:
             self._judge(look, level, opened)
             modules = [inner for m in opened for inner in self._tree.inside(m)]
             level += 1
-        return Replayed(self._local, self._culprits(), self._slices)
+        return Replayed(self._local, self._culprits(), self._slices, self._doubted())
 
     def replay_all(self) -> Replayed:
         """Replace and look at every point at once: what each is, is the work of the code since the one before."""
@@ -105,6 +114,18 @@ class Descent:
         for place, f in look.findings.items():
             self._failed[place[0]][place[1]] = f.verdict == "fail"
             self._local.setdefault(place, local_of(f, level=name))
+            error = f.metrics.get("rel_l2") or 0.0
+            if f.verdict == "fail" and error > WORSE * self._errors.setdefault(place, error):
+                self._worse.setdefault(place, level)
+
+    def _doubted(self) -> frozenset[str]:
+        """The points that failed on the level on which a module around them became worse."""
+        return frozenset(
+            s.place[1]
+            for s in self._suspicions
+            for (case, key), level in self._worse.items()
+            if (case, level) == (s.place[0], s.level) and _inside(s.place[1], key)
+        )
 
     def _suspect(self, module: str, look: Look) -> bool:
         """Whether to look inside: it is beyond its limit, was not seen, or failed inside with nothing before it."""
@@ -207,6 +228,12 @@ def _cleared(origin: str, key: str, replaced: frozenset[str]) -> bool:
     """
     module, port, _ = split_key(origin)
     return origin in replaced and (not port or module == split_key(key)[0])
+
+
+def _inside(point: str, outer: str) -> bool:
+    """Whether a point lies in the module of another one, and is not that module's own."""
+    module, scope = split_key(point)[0], split_key(outer)[0]
+    return module != scope and _within(module, scope)
 
 
 def _within(module: str, scope: str) -> bool:

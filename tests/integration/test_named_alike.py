@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import paritykit as pk
+from paritykit.plan import make_plan
 from paritykit.results import Results
 from paritykit.testing import tiny_model
 from tests.integration.conftest import Bench
@@ -27,6 +28,13 @@ def spoil(worker: Any, *, module: str) -> None:
         return (output[0] * 1.05, *output[1:]) if isinstance(output, tuple) else output * 1.05
 
     worker.model_runner.model.get_submodule(module).register_forward_hook(larger)
+
+
+def spoil_each(worker: Any, *, ending: str) -> None:
+    """The same in every layer."""
+    for name, _ in worker.model_runner.model.named_modules():
+        if name.endswith(ending):
+            spoil(worker, module=name)
 
 
 def declare_nothing(worker: Any) -> None:
@@ -78,6 +86,31 @@ def test_a_gate_inside_the_shared_expert_is_read(bench: Bench, tmp_path: Path) -
         f"model.layers.{n}.mlp.shared_expert": f"its output / sigmoid(model.layers.{n}.mlp.shared_expert_gate)"
         for n in range(3)
     }
+
+
+@pytest.mark.xdist_group("bench")
+@pytest.mark.parametrize(
+    ("ending", "found"),
+    [
+        ("mlp.experts", "model.layers.0.mlp"),
+        pytest.param("shared_expert.down_proj", "model.layers.0.mlp.shared_expert.down_proj", marks=pytest.mark.deep),
+    ],
+)
+def test_a_fault_of_every_layer_beside_what_is_named_alike_is_not_put_there(
+    tmp_path: Path, ending: str, found: str
+) -> None:
+    """What is computed from the shared expert is wrong everywhere then: the replay tells that not it is to blame."""
+    plan = make_plan(
+        str(make("qwen2_moe", tmp_path / "qwen2_moe")),
+        given={"candidate": "vllm", "dtype": "float32"},
+        checks=("modules", "logits"),
+        case_names=("short", "long-40"),
+        engine_args={"after_load": f"{HERE}spoil_each", "after_load_args": {"ending": ending}},
+    )
+    with plan.open() as session:
+        results = session.results(plan.checks)
+    assert first(results) == found
+    assert {c.point for c in results.summary.culprits} == {found.replace(".0.", f".{n}.") for n in range(3)}
 
 
 @pytest.mark.deep
