@@ -25,6 +25,8 @@ ADDED = re.compile(r"\n  (?:at|likely:|whole log:) ")
 """Where lines begin that are added to an engine's error."""
 KEPT = 20
 """Logs that stay: older ones are removed."""
+CRASHED, CUT = 5, 200
+"""Frames of a crash that are shown, and characters of each: those of C++ have long names."""
 CAUSES = (
     (
         re.compile(r"must be Tensor, not tuple|'tuple' object has no attribute|can't multiply sequence|"
@@ -77,6 +79,20 @@ def explain(log: str, *, message: str) -> str:
             lines.append(f"  likely: {told}")
             break
     return "\n".join(lines)
+
+
+def crash_of(log: str) -> str:
+    """The innermost frames of a crash outside Python, which a log ends with; empty where it ends otherwise.
+
+    Such a trace begins at the innermost frame, so that its last lines say nothing.
+    """
+    lines = log.rstrip().splitlines()
+    first = next((n + 1 for n in range(len(lines) - 1, -1, -1) if not FRAME.match(lines[n])), 0)
+    frames = [line for line in lines[first:] if "libc_sigaction" not in line]
+    called = lines[first - 1] if first else ""
+    if len(frames) <= CRASHED or BEGIN in called:
+        return ""
+    return "\n".join(f"  {line.strip()[:CUT]}" for line in frames[:CRASHED])
 
 
 def message_of(text: str) -> str:

@@ -22,7 +22,7 @@ from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.comparison.ensemble import DrawPlan, Ensemble
 from paritykit.engines.base import Progress
-from paritykit.engines.failure import explain, keep_log
+from paritykit.engines.failure import crash_of, explain, keep_log
 from paritykit.engines.group import end_group
 from paritykit.engines.messages import (
     Answer,
@@ -155,8 +155,11 @@ class HostProcess:
         how = "stopped answering" if code is None else f"died of signal {-code}" if code < 0 else f"exited with {code}"
         log = self._printed()
         file = keep_log(log)
-        told = [self.tail(), explain(log, message=""), f"  whole log: {file}" if file else ""]
-        text = f"the engine's process {how}; its last words:" + "".join(f"\n{t}" for t in told if t)
+        crash = crash_of(log)
+        told = [crash or self.tail(), explain(log, message=""), f"  whole log: {file}" if file else ""]
+        text = f"the engine's process {how}; {'innermost first' if crash else 'its last words'}:" + "".join(
+            f"\n{t}" for t in told if t
+        )
         self.kill()
         return text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import paritykit
-from paritykit.engines.failure import KEPT, explain, keep_log
+from paritykit.engines.failure import CRASHED, KEPT, crash_of, explain, keep_log
 
 SITE = "/env/lib/python3.11/site-packages"
 LIBRARY = f'  File "{SITE}/vllm/worker.py", line 9, in execute\n    run()\n'
@@ -85,3 +85,15 @@ def test_a_log_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
     assert keep_log("all of it") is None
+
+
+def test_a_crash_outside_python_is_told_from_its_innermost_frame() -> None:
+    frames = [f'  File "/csrc/rotary.cpp", line {n}, in rotary({n})' for n in range(40)]
+    signal = '  File "./signal/libc_sigaction.c", line 0, in 0x7f'
+    log = "\n".join(["noise", "!!!!!!! Segfault encountered !!!!!!!", signal, *frames, ""])
+    assert crash_of(log).splitlines() == frames[:CRASHED]
+
+
+@pytest.mark.parametrize("log", ["", "free(): invalid pointer", f"{HEAD}{LIBRARY}{OWN}ValueError: x", "a\nb\nc\n" * 9])
+def test_what_is_no_such_crash_is_told_as_it_is(log: str) -> None:
+    assert crash_of(log) == ""
