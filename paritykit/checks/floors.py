@@ -13,7 +13,7 @@ from paritykit.captures.reader import Capture
 from paritykit.checks.base import Subject
 from paritykit.comparison.align import own_rows, pairs
 from paritykit.comparison.ensemble import PointDraws
-from paritykit.comparison.floor import DRAWN_FACTOR, FACTOR, Judged, beyond_floor, chance, judge_floor
+from paritykit.comparison.floor import DRAWN_FACTOR, DRAWN_FACTORS, FACTOR, Judged, beyond_floor, chance, judge_floor
 from paritykit.comparison.guard import DEGREES
 from paritykit.comparison.measurement import Measurement
 from paritykit.comparison.metrics import Meter
@@ -74,7 +74,7 @@ def judge_point(
 ) -> Judged:
     """The floor's verdict on a point; a lone twin's luck with few numbers is evened out by its neighbours."""
     dtype = subject.candidate.point(rule.candidate).dtype
-    usual = FACTOR if draws is None else DRAWN_FACTOR
+    usual = FACTOR if draws is None else DRAWN_FACTORS.get(dtype, DRAWN_FACTOR)
     factor = usual if policy is None or policy.factor is None else policy.factor
     note = "" if policy is None else policy.note
     if draws is not None:

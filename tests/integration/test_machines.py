@@ -55,7 +55,7 @@ def judged(floors: Floors, machine: str, dtype: str, *, fault: str = "") -> Resu
 def test_a_clean_engine_passes_with_room_to_spare(floors: Floors, machine: str, dtype: str) -> None:
     results = judged(floors, machine, dtype)
     assert results.summary.verdict == "pass", results.summary
-    assert max(f.needs.get("factor", 0.0) for f in results.findings) < 1.2, "1.75 are allowed"
+    assert max(f.needs.get("factor", 0.0) for f in results.findings) < 1.2, "1.5 are allowed"
 
 
 @pytest.mark.xdist_group("machines")
