@@ -20,7 +20,7 @@ from paritykit.captures.manifest import Manifest
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
-from paritykit.comparison.ensemble import DrawPlan, Ensemble
+from paritykit.comparison.ensemble import RECIPE, DrawPlan, Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.process import HostProcess
@@ -150,15 +150,13 @@ class Reference:
             found: Ensemble = engine.draw(cases, truth=truth.path, out=out, plan=plan, progress=self.progress)
             return found
 
-        scratch, keys = (
-            self.folder / f"ensemble-{plan.cache}",
-            [r.key for r in (self.truth, self.twin) if r is not None],
-        )
+        scratch = self.folder / f"ensemble-{plan.cache}"
+        keys = [r.key for r in (self.truth, self.twin) if r is not None]
         try:
             if self.store is None or not all(keys):
                 return make(scratch)
             parts = [key(cases) for key in keys if key is not None]
-            name = joined_key(*parts, f"{plan.draws} draws, seed {plan.seed}", *filter(None, (plan.cache,)))
+            name = joined_key(*parts, f"{plan.draws} draws, seed {plan.seed}, recipe {RECIPE}", plan.cache)
             return self.store.take(name, make, scratch=scratch, read=Ensemble.open)
         except ParityError as error:
             self.no_ensemble = str(error).splitlines()[0]
