@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from paritykit.captures.manifest import split_key
 from paritykit.diagnose.locate import Graph, find_culprits, first_divergence, locate
@@ -235,3 +236,24 @@ def test_a_local_error_keeps_what_was_measured() -> None:
     assert local_of(found, level="leaves") == Local(
         verdict="fail", level="leaves", metric="rel_l2", value=0.5, allowed=1e-5, allowed_source="table", message="why"
     )
+
+
+class Renamed(Candidate):
+    """One that means something else by a part of its MLP: replaced, it makes the MLP ``worse`` than the fault does."""
+
+    def __init__(self, wrong: Sequence[str], *, renamed: str, worse: float) -> None:
+        super().__init__([*wrong, renamed])
+        self.renamed, self.worse = renamed, worse
+
+    def __call__(self, replaced: Sequence[str], shown: Sequence[str]) -> Look:
+        look = super().__call__(replaced, shown)
+        scale = self.worse if self.renamed in replaced else 1.0
+        errors = {place: scale if place[1] == "model.layers.1.mlp" else 1.0 for place in look.findings}
+        found = {p: replace(f, metrics={"rel_l2": 0.1 * errors[p]}) for p, f in look.findings.items()}
+        return Look(found, look.replaced)
+
+
+@pytest.mark.parametrize(("worse", "doubted"), [(5.0, {"model.layers.1.mlp.up"}), (1.0, set()), (0.2, set())])
+def test_a_part_whose_replacing_makes_its_module_worse_is_doubted(worse: float, doubted: set[str]) -> None:
+    candidate = Renamed(["model.layers.1.mlp"], renamed="model.layers.1.mlp.up", worse=worse)
+    assert descend(candidate, freely(candidate)).doubted == doubted
