@@ -15,6 +15,7 @@ from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
+from paritykit.comparison.ensemble import DrawPlan, Ensemble
 from paritykit.comparison.twin import read_at_once
 from paritykit.config import load_config
 from paritykit.engines.hf import HFEngine
@@ -47,7 +48,8 @@ def homes(fault: Fault) -> dict[str, int]:
 class Ground:
     """Open engines in ``dtype``, at most ``room`` of them, and clean captures, each made once.
 
-    ``floor``: the reference is the truth, one precision above, beside a twin, as in a run; otherwise float32 alone.
+    ``floor``: the reference is the truth, one precision above, beside a twin and draws of its rounding, as in a run;
+    otherwise float32 alone.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Ground:
     floor: bool = False
     engines: dict[str, Any] = field(default_factory=dict)
     captures: dict[str, Capture] = field(default_factory=dict)
+    ensembles: dict[str, Ensemble] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def engine(self, model: Path, **arguments: Any) -> Any:
@@ -83,6 +86,17 @@ class Ground:
     def twin(self, model: Path, cases: list[Case]) -> Capture | None:
         """The same in the engines' dtype, fed what the reference generated; None where no floor is measured."""
         return self._hf(model, [*cases, *read_at_once(cases)], dtype=self.dtype) if self.floor else None
+
+    def ensemble(self, model: Path, truth: Capture, cases: list[Case]) -> Ensemble | None:
+        """What draws of the twin's rounding do; None where no floor is measured."""
+        key = f"{model}{cases}"
+        if self.floor and key not in self.ensembles:
+            engine = HFEngine(str(model), dtype=self.dtype)
+            engine.open()
+            out = self.folder / f"{next(self.numbers)}"
+            self.ensembles[key] = engine.draw(cases, truth=truth.path, out=out, plan=DrawPlan())
+            engine.close()
+        return self.ensembles.get(key)
 
     def _hf(self, model: Path, cases: list[Case], **arguments: str) -> Capture:
         key = f"hf{model}{arguments}{cases}"
@@ -143,10 +157,9 @@ class Trial:
         return self._compared(candidate, explain=True)
 
     def _compared(self, candidate: Capture, *, explain: bool) -> Results:
-        twin = self.ground.twin(self.model, self.cases)
-        return compare_captures(
-            self.reference, candidate, twin=twin, config=load_config({}, environ={}), explain=explain
-        )
+        twin, config = self.ground.twin(self.model, self.cases), load_config({}, environ={})
+        ensemble = self.ground.ensemble(self.model, self.reference, self.cases)
+        return compare_captures(self.reference, candidate, twin=twin, ensemble=ensemble, config=config, explain=explain)
 
 
 def differences(
