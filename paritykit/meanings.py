@@ -49,13 +49,12 @@ def settle(subject: Subject, findings: list[Finding]) -> list[Finding]:
     return _located(subject, _Meanings(subject, findings).settled())
 
 
-def read_alone(local: Subject, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
-    """Points of the ``doubted`` kinds for which a reading was found, which the mapping now has.
+def read_alone(local: Subject, kinds: Collection[str], cases: Sequence[str]) -> list[str]:
+    """Points of these kinds for which a reading was found, which the mapping now has.
 
     In ``local`` the candidate was fed the reference's values everywhere but there. So nothing that fails was handed
     anything wrong, and a reading must make every point of its kind the reference's.
     """
-    kinds = set(map(kind_of, doubted))
     rules = [r for r in local.mapping.rules if kind_of(r.reference) in kinds]
     found = [measure_point(local, rule, case, check=CHECK) for rule in rules for case in cases]
     failing = {f.point for f in found if f.verdict == "fail"} - local.mapping.stated

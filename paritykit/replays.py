@@ -46,7 +46,6 @@ class Replays:
         self._subject, self._engine, self._draw, self._progress = subject, engine, draw, progress
         self._rules = {r.reference: r for r in subject.mapping.rules}
         self._known: dict[str, Replayed] = {}
-        self._anew: list[str] = []
 
     @property
     def done(self) -> frozenset[str]:
@@ -66,8 +65,9 @@ class Replays:
         try:
             if cases:
                 replayed = self._descent(cases, mine).replay()
-                if replayed.doubted and self._read_anew(replayed.doubted, cases):
-                    findings = measured_anew(self._subject, findings, self._anew)
+                anew = self._read_anew(replayed.doubted, cases) if replayed.doubted else []
+                if anew:
+                    findings = measured_anew(self._subject, findings, anew)
                     replayed = self._descent(cases, [f for f in findings if f.check in CHECKS]).replay()
                 self._known |= dict.fromkeys(cases, replayed)
         except ParityError as error:
@@ -92,17 +92,18 @@ class Replays:
             return [_unmeasured(f, str(error)) if f is first else f for f in findings]
         return [expose(f) for f in refine(findings, found)]
 
-    def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> bool:
-        """Look for readings of these points on what the candidate makes of them where all others are the reference's.
+    def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
+        """Those for which a reading fits what the candidate makes of them where all others are the reference's.
 
         They are held against the noise floor of the free run: another point that is read with them rounds by itself.
-        The mapping has what was found, and whether anything was is the answer.
+        The mapping has what was found.
         """
-        others = [k for k in self._rules if kind_of(k) not in set(map(kind_of, doubted))]
+        kinds = set(map(kind_of, doubted))
+        others = [k for k in self._rules if kind_of(k) not in kinds]
         with self._fed(others, None, with_neighbours(self._subject.candidate, cases)) as capture:
-            self._anew = read_alone(self._subject.again(capture), doubted, cases)
+            found = read_alone(self._subject.again(capture), kinds, cases)
         self._rules = {r.reference: r for r in self._subject.mapping.rules}
-        return bool(self._anew)
+        return found
 
     def _descent(self, cases: Sequence[str], free: Iterable[Finding]) -> Descent:
         graph = self._subject.graph

@@ -46,7 +46,7 @@ class BlockLayout:
         if not slots or dtype is None:
             raise EngineError(f"a cache of {cache.dtype} {list(cache.shape)} cannot be read")
         shapes = [(slots, heads, w) for w in widths]
-        found = _search(layer, block, shapes)
+        found = _search(layer, block, shapes, dtype=dtype)
         places = torch.full((sum(map(math.prod, shapes)) + 1,), -1, dtype=torch.int64, device=cache.device)
         places[found] = torch.arange(len(found), device=cache.device)
         if found.max() >= len(places) or (places[1:] < 0).any():
@@ -61,9 +61,9 @@ class BlockLayout:
         return [blocks.gather(1, p[offsets].flatten(1)).view(-1, *p.shape[1:]) for p in (self.keys, self.values)]
 
 
-def _search(layer: Any, block: torch.Tensor, shapes: list[tuple[int, int, int]]) -> torch.Tensor:
+def _search(layer: Any, block: torch.Tensor, shapes: list[tuple[int, int, int]], *, dtype: torch.dtype) -> torch.Tensor:
     """Which element, counted from 1 over keys and then values, each place of the flattened block holds; 0 for none."""
-    dtype, total = stored_dtype(layer) or block.dtype, sum(map(math.prod, shapes))
+    total = sum(map(math.prod, shapes))
     bytewise = dtype.itemsize == 1
     base, wide = (BASE_OF_A_BYTE, torch.bfloat16) if bytewise else (BASE, dtype)
     sizes = [SAFE * scale for scale in scales_of(layer)] if bytewise else [1.0, 1.0]
