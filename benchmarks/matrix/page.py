@@ -17,8 +17,9 @@ its Transformers backend, as a clean pair: a tiny seeded model, drawn from the c
 vLLM on a CPU. `tox run -e matrix` makes this page."""
 MEANING = """\
 *pass*: the same model. *fail*: something differs; where logits and tokens agree it is marked as a *false alarm*.
-*refused*: one of the engines says that it does not run this. *could not run*: an engine died or took too long, which
-says nothing of what it computes. *not drawn*: no small config of the class was found that works by itself.
+*refused*: one of the engines says that it does not run this; what a class of vLLM's own refuses is tried in its
+Transformers backend too, which then stands in the column of vLLM. *could not run*: an engine died or took too long,
+which says nothing of what it computes. *not drawn*: no small config of the class was found that works by itself.
 *error*: a mistake of ParityKit's own."""
 
 
@@ -55,7 +56,8 @@ def matrix(rows: Sequence[Row], classes: Mapping[str, str]) -> str:
         found = [own.get((kind, d)) for d in dtypes]
         there = [r for r in found if r is not None]
         shown = [_outcome(r) if r else "" for r in found]
-        body.append((f"`{kind}`", there[0].architecture, classes.get(kind, ""), *shown, _first(there), _reason(there)))
+        ran = _joined([r.backend or classes.get(kind, "") for r in there])
+        body.append((f"`{kind}`", there[0].architecture, ran, *shown, _first(there), _reason(there)))
     return _table(("model type", "Transformers", "vLLM", *dtypes, "first divergence", "reason"), body)
 
 
@@ -71,13 +73,20 @@ def _outcome(row: Row) -> str:
 
 
 def _first(rows: Iterable[Row]) -> str:
-    return " / ".join(dict.fromkeys(f"`{r.first}`" for r in rows if r.first))
+    return _joined(f"`{r.first}`" for r in rows if r.first)
 
 
 def _reason(rows: Iterable[Row]) -> str:
-    """Reasons of what gave no verdict, and the first cause of a failure."""
-    said = [r.reason if r.outcome not in ("pass", "fail") else next(iter(r.causes), "") for r in rows]
-    return " / ".join(dict.fromkeys(s.replace("|", "\\|").replace("<", "&lt;") for s in said if s))
+    """Reasons of what gave no verdict, those of vLLM's own class too, and the first cause of a failure."""
+    said: list[str] = []
+    for row in rows:
+        said.append(f"own class refuses: {row.refusal}" if row.refusal else "")
+        said.append(row.reason if row.outcome not in ("pass", "fail") else next(iter(row.causes), ""))
+    return _joined(s.replace("|", "\\|").replace("<", "&lt;") for s in said)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(p for p in parts if p))
 
 
 def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 
@@ -16,11 +17,13 @@ from paritykit.errors import EngineError, EngineMissingError, ParityError, Usage
 from paritykit.plan import make_plan
 from paritykit.results import Results
 from paritykit.runner import Session
-from paritykit.testing.drawn.catalogue import class_names
+from paritykit.testing.drawn.catalogue import BACKEND, class_names, find_class, vllm_classes
 
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
 LAST_WORDS = "; the engine's last words:"
 """Follows the text of an exception that the engine's process did not expect."""
+REFUSALS = ("vLLM cannot start", "vLLM failed on")
+"""Begin what vLLM says of a model that it does not run; what the reference refuses begins otherwise."""
 CASES = ("short", "long-40")
 """Longer than the windows and chunks of drawn models, and short enough for hundreds of pairs."""
 LONGEST = 300
@@ -35,23 +38,15 @@ class Pairs:
         self._reference = HostProcess()
 
     def run(self, task: Task) -> Row:
-        """What comes of it; what cannot be is an outcome too."""
+        """What comes of it; what cannot be is an outcome too.
+
+        A model that vLLM's own class refuses runs once more in its Transformers backend, if that takes it.
+        """
         started = time.monotonic()
-        row = Row(task=task, source=self._source, outcome="error", architecture=class_names()[task.model_type])
-        try:
-            row = self._ran(task, row)
-        except EngineMissingError:
-            raise
-        except UsageError as error:
-            drawn = "no small config" in str(error)
-            row = _with(row, "not drawn" if drawn else "refused", reason_of(error))
-        except EngineError as error:
-            row = _with(row, outcome_of(error), reason_of(error))
-        except ParityError as error:
-            row = _with(row, "refused", reason_of(error))
-        except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
-            row = _with(row, "error", f"{type(error).__name__}: {error}")
-            self.close()
+        row = self._tried(task, {})
+        if row.outcome == "refused" and row.reason.startswith(REFUSALS) and has_backend(task.model_type):
+            other = self._tried(task, {"model_impl": "transformers"})
+            row = msgspec.structs.replace(other, backend=BACKEND, refusal=row.reason)
         return msgspec.structs.replace(row, seconds=round(time.monotonic() - started, 1))
 
     def close(self) -> None:
@@ -59,9 +54,31 @@ class Pairs:
         with suppress(Exception):
             self._reference.kill()
 
-    def _ran(self, task: Task, row: Row) -> Row:
+    def _tried(self, task: Task, engine_args: dict[str, Any]) -> Row:
+        row = Row(task=task, source=self._source, outcome="error", architecture=class_names()[task.model_type])
+        try:
+            return self._ran(row, engine_args)
+        except EngineMissingError:
+            raise
+        except UsageError as error:
+            drawn = "no small config" in str(error)
+            return _with(row, "not drawn" if drawn else "refused", reason_of(error))
+        except EngineError as error:
+            return _with(row, outcome_of(error), reason_of(error))
+        except ParityError as error:
+            return _with(row, "refused", reason_of(error))
+        except Exception as error:  # a mistake of ParityKit's own is an outcome, and told
+            self.close()
+            return _with(row, "error", f"{type(error).__name__}: {error}")
+
+    def _ran(self, row: Row, engine_args: dict[str, Any]) -> Row:
+        task = row.task
         plan = make_plan(
-            task.name, given={"candidate": "vllm", "dtype": task.dtype}, case_names=CASES, explain=task.explain
+            task.name,
+            given={"candidate": "vllm", "dtype": task.dtype},
+            case_names=CASES,
+            engine_args=engine_args,
+            explain=task.explain,
         )
         host = WarmHost()
         try:
@@ -77,6 +94,11 @@ class Pairs:
                 return told(row, session.results(plan.checks))
         finally:
             host.kill()
+
+
+def has_backend(model_type: str) -> bool:
+    """Whether vLLM has a class of its own for the model and its Transformers backend takes it as well."""
+    return vllm_classes()[model_type] != BACKEND and bool(find_class(model_type).is_backend_compatible())
 
 
 def outcome_of(error: EngineError) -> Outcome:

@@ -33,7 +33,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What came of it. ``source`` is a digest of the code that it was run with.
 
     ``outcome``: a verdict; ``refused`` by an engine, with its ``reason``; ``could not run``, where an engine died or
-    took too long; ``not drawn``, where no small config works; ``error``, a mistake of ParityKit's own.
+    took too long; ``not drawn``, where no small config works; ``error``, a mistake of ParityKit's own. ``backend``: the
+    class of vLLM's that was tried after its own, which refused for the reason ``refusal``.
     """
 
     task: Task
@@ -41,7 +42,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
     reason: str = ""
     architecture: str = ""
-    candidate: str = ""
+    backend: str = ""
+    refusal: str = ""
     first: str = ""
     metric: str = ""
     value: float | None = None

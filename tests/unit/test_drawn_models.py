@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from paritykit.errors import ParityError, UnknownNameError, UsageError
 from paritykit.testing import DrawnModel, drawn_model
-from paritykit.testing.drawn.catalogue import causal_classes, config_class
+from paritykit.testing.drawn.catalogue import causal_classes, config_class, find_class
 from paritykit.testing.drawn.fields import chosen_layers, small_fields
 from paritykit.testing.drawn.model import draw_fields
 from paritykit.testing.drawn.roles import ROLES, Sizes, limit_of, role_of, small
 from paritykit.testing.drawn.search import find_working
-from paritykit.testing.drawn.trying import NOT_CAUSAL, STAGES, try_fields
+from paritykit.testing.drawn.trying import NOT_CAUSAL, STAGES, probe_tokens, try_fields
 
 FIXED = ("cohere", "jamba", "exaone_moe")
 """One with a layer norm and parallel blocks, a hybrid whose layers its class counts out, one with lists of layers."""
@@ -49,6 +50,15 @@ def test_a_drawn_model_works_and_is_the_same_each_time(model_type: str, tmp_path
     assert config(first)["architectures"] == [causal_classes()[model_type]]
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert (first / "config.json").read_text() == (second / "config.json").read_text()
+
+
+@pytest.mark.parametrize("model_type", [*FIXED, "deepseek_v3"])
+def test_a_drawn_model_is_read_back_as_the_one_that_was_tried(model_type: str, tmp_path: Path) -> None:
+    folder, (_, tried) = drawn_model(model_type, tmp_path / "drawn"), draw_fields(model_type)
+    model = find_class(model_type).from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        found = model(probe_tokens(len(tried.logits[0])), use_cache=False).logits[0]
+    assert (found - tried.logits).abs().max() < 1e-5 * tried.logits.abs().max()
 
 
 def test_every_kind_of_layer_of_a_hybrid_is_there() -> None:

@@ -67,13 +67,15 @@ def test_the_page_says_what_the_rows_say() -> None:
         row("bloom", outcome="fail", failed=2, compared=9, first="h.0", causes=["PK125 residual"], checks=AGREE),
         row("bloom", dtype="bfloat16"),
         row("cohere", outcome="refused", reason="no <kernel> | here"),
+        row("dbrx", backend="TransformersForCausalLM", refusal="vLLM cannot start it"),
     ]
-    page = render(rows, {"bloom": "Bloom", "cohere": "Cohere"}, planned=5)
-    assert "**Not finished:** 2 of 5 pairs" in page
+    page = render(rows, {"bloom": "Bloom", "cohere": "Cohere"}, planned=6)
+    assert "**Not finished:** 2 of 6 pairs" in page
     assert "| `bloom` | X | Bloom | fail 2 of 9, a false alarm | pass | `h.0` | PK125 residual |" in page
     assert "| `cohere` | X | Cohere | refused |  |  | no &lt;kernel> \\| here |" in page
+    assert "| `dbrx` | X | TransformersForCausalLM | pass |  |  | own class refuses: vLLM cannot start it |" in page
     assert "| of these with equal logits and tokens | 1 | 0 |" in page
-    assert "Not finished" not in render(rows, {}, planned=3)
+    assert "Not finished" not in render(rows, {}, planned=4)
 
 
 def test_a_sample_does_not_depend_on_the_order() -> None:
