@@ -53,8 +53,12 @@ RUN_OPTIONS = (
         "--reference-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the reference, e.g. device=cuda."
     ),
     _file("--map", "TOML file with mapping rules."),
-    click.option("--local", is_flag=True, help="Replay every module on the reference's values, where all passes too."),
-    click.option("--no-explain", is_flag=True, help="Do not replay modules of failing cases to find the culprits."),
+    click.option(
+        "--local/--no-local",
+        default=None,
+        help="Replay every module on the reference's values also where something fails, or not even where all passes.",
+    ),
+    click.option("--no-explain", is_flag=True, help="Replay nothing to find culprits, and look for no causes."),
     *CASES,
 )
 CAPTURE_OPTIONS = (

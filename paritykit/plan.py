@@ -57,7 +57,7 @@ class Plan:
     rules: list[UserRule] | None = None
     map_file: str = ""
     explain: bool = True
-    local: bool = False
+    local: bool | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -223,7 +223,7 @@ def make_plan(
     tensor_parallel_size: int = 1,
     map_file: str | os.PathLike[str] | None = None,
     explain: bool = True,
-    local: bool = False,
+    local: bool | None = None,
 ) -> Plan:
     """Check every name and read every file. Raises UsageError, with the nearest names where one is wrong."""
     config = load_config(given)

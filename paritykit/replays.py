@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,16 @@ class Replays:
     def explain_all(self, findings: list[Finding]) -> list[Finding]:
         """``findings`` with the local error of every point of every case, from one run, if the engine can replay.
 
-        What is wrong on the reference's own values fails, though what it was handed in the free run hides it.
+        What is wrong on the reference's own values fails, though what it was handed in the free run hides it. Raises
+        EngineError if the engine did not run.
         """
         if "replay" not in self._engine.capabilities:
             return findings
-        cases = list(self._subject.reference.cases)
-        try:
-            found = self._descent(cases, findings).replay_all()
-        except ParityError as error:
-            first = next((f for f in findings if f.check in CHECKS), None)
-            return [_unmeasured(f, str(error)) if f is first else f for f in findings]
-        return [expose(f) for f in refine(findings, found)]
+        return [expose(f) for f in refine(findings, self._everywhere)]
+
+    @cached_property
+    def _everywhere(self) -> Replayed:
+        return self._descent(list(self._subject.reference.cases), []).replay_all()
 
     def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
         """Those for which a reading fits what the candidate makes of them where all others are the reference's.

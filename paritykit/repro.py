@@ -17,7 +17,7 @@ def command_of(plan: Plan, *, cases: Iterable[str], checks: Iterable[str] = ()) 
         words += [word for argument in format_engine_args(arguments) for word in (option, argument)]
     words += ["--no-floor"] if plan.config["floor"] is False else []
     words += [] if plan.explain else ["--no-explain"]
-    words += ["--local"] if plan.local else []
+    words += [] if plan.local is None else ["--local" if plan.local else "--no-local"]
     words += [word for name in checks for word in ("--check", name)]
     return words + [word for name in cases for word in ("--case", name)]
 

@@ -63,7 +63,8 @@ class Session:
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
     candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
-    fails, with ``local`` in every case. With ``together`` the candidate's process starts while the reference runs.
+    fails, with ``local`` in every case: where it is None, if none fails. With ``together`` the candidate's process
+    starts while the reference runs.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Session:
         vary: Make | None = None,
         closing: Callable[[], None] | None = None,
         explain: bool = True,
-        local: bool = False,
+        local: bool | None = None,
         together: bool = False,
     ) -> None:
         self._local = local
@@ -201,7 +202,7 @@ class Session:
         if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
             unsettled = findings
             findings = self._attempt("settling expert flips", lambda: self._routed.settle(unsettled), unsettled)
-        if self._local and "subject" in self.__dict__:
+        if self._everywhere(findings):
             free = findings
             findings = self._attempt("the replay", lambda: self._replays.explain_all(free), free)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
@@ -215,6 +216,13 @@ class Session:
             lambda: explain_findings(local, subject=self.subject, checkpoint=self._checkpoint),
             local,
         )
+
+    def _everywhere(self, findings: list[Finding]) -> bool:
+        """Whether every module is replayed: what the noise of a free run hides is wrong by itself."""
+        if self._local is None:
+            looked = any(f.check == "modules" for f in findings) and self.subject.ensemble is not None
+            return self._explain and looked and not any(f.verdict == "fail" for f in findings)
+        return self._local and "subject" in self.__dict__
 
     def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
         return attempt(what, make, instead, notes=self.notes)

@@ -51,7 +51,7 @@ def script(results: Results) -> str:
     told = [repr(words[2]), *(f"{name}={value!r}" for name, value in given.items())]
     told += [f"tensor_parallel_size={value}" for value in _values(words, "--tensor-parallel-size")]
     told += [f"{name}=False" for name in ("floor", "explain") if f"--no-{name}" in words]
-    told += ["local=True"] if "--local" in words else []
+    told += [f"local={on}" for option, on in (("--local", True), ("--no-local", False)) if option in words]
     for option, name in (("--engine-arg", "engine_args"), ("--reference-arg", "reference_args")):
         arguments = parse_engine_args(tuple(_values(words, option)))
         told += [f"{name}={arguments!r}"] if arguments else []

@@ -10,14 +10,14 @@ from paritykit.testing import tiny_model
 from paritykit.testing.faults import find
 
 
-def run(dtype: str, *, fault: str = "") -> Results:
+def run(dtype: str, *, fault: str = "", strength: float = 1.0, local: bool | None = None) -> Results:
     plan = make_plan(
         str(tiny_model("qwen2")),
         given={"candidate": "nano", "dtype": dtype},
         checks=("modules", "logits"),
         case_names=("long-40",),
-        engine_args=find(fault).arguments(layer=3, strength=0.4) if fault else {},
-        local=True,
+        engine_args=find(fault).arguments(layer=3, strength=strength) if fault else {},
+        local=local,
     )
     with plan.open() as session:
         return session.results(plan.checks)
@@ -27,6 +27,7 @@ def run(dtype: str, *, fault: str = "") -> Results:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_clean_engine_passes_and_every_point_has_a_local_error(dtype: str) -> None:
     results = run(dtype)
+    assert results.summary.notes == []
     assert results.summary.verdict == "pass", results.summary
     assert not results.summary.culprits
     told = [f.local for f in results.findings if f.local is not None]
@@ -35,10 +36,23 @@ def test_a_clean_engine_passes_and_every_point_has_a_local_error(dtype: str) -> 
 
 
 @pytest.mark.xdist_group("local")
-def test_a_small_mistake_in_the_last_layer_is_found_in_half_precision() -> None:
-    """It does less there than bfloat16 has done to the layer's input."""
-    results = run("bfloat16", fault="attention-scale")
+@pytest.mark.parametrize("local", [None, False])
+def test_a_small_mistake_that_the_noise_of_the_free_run_hides_is_found(local: bool | None) -> None:
+    """At its input bfloat16 has done four times what is left of the mistake, so without a replay it passes."""
+    results = run("bfloat16", fault="norm-kind", strength=0.1, local=local)
+    if local is False:
+        assert results.summary.verdict == "pass"
+        assert all(f.local is None for f in results.findings)
+        return
     first = results.summary.first_divergence
     assert first is not None
-    assert (first.point, first.origin) == ("model.layers.3.self_attn", "introduced")
-    assert {c.point for c in results.summary.culprits} == {"model.layers.3.self_attn"}
+    assert (first.point, first.origin) == ("model.layers.3.input_layernorm", "introduced")
+    assert {c.point for c in results.summary.culprits} == {"model.layers.3.input_layernorm"}
+
+
+@pytest.mark.xdist_group("local")
+def test_what_fails_in_the_free_run_is_replayed_level_by_level_or_everywhere_too() -> None:
+    alone, everywhere = (run("float32", fault="norm-kind", local=local) for local in (None, True))
+    shown = [sum(f.local is not None for f in r.findings) for r in (alone, everywhere)]
+    assert 0 < shown[0] < shown[1]
+    assert {c.point for r in (alone, everywhere) for c in r.summary.culprits} == {"model.layers.3.input_layernorm"}

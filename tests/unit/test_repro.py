@@ -72,6 +72,13 @@ def test_python_says_what_the_command_says() -> None:
     ]
 
 
+@pytest.mark.parametrize(("option", "told"), [("--local", "local=True"), ("--no-local", "local=False")])
+def test_local_errors_are_asked_for_again_as_they_were(option: str, told: str) -> None:
+    assert f"dtype='float32', {told}, engine_args" in script(failing(f"{COMMAND} {option}", workload=["len-1"]))
+    plan = make_plan("tiny:qwen2", given={"candidate": "nano"}, local=option == "--local")
+    assert option in command_of(plan, cases=["short"])
+
+
 @pytest.mark.parametrize("command", ["pytest suites -k x", "paritykit run m --cases mine.jsonl", ""])
 def test_no_python_where_it_would_say_something_else(command: str) -> None:
     assert script(failing(command, workload=["len-1"])) == ""
