@@ -92,7 +92,7 @@ def _build(model_type: str, folder: Path, *, seed: int, dtype: str) -> None:
 def spell_out(config: Any) -> None:
     """Write the size of a head into a config that leaves it to be worked out: engines read it where it is published."""
     text = config.get_text_config(decoder=True)
-    if hasattr(text, "head_dim") or "head_dim" in {f.name for f in own_fields(type(text))}:
+    if "head_dim" in {f.name for f in own_fields(type(text))} or hasattr(text, "head_dim"):
         return
     hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(hidden, int) and isinstance(heads, int) and heads:
