@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import paritykit
 from paritykit.engines.failure import CRASHED, KEPT, crash_of, explain, keep_log
+from paritykit.engines.vllm.engine import first_reason
 
 SITE = "/env/lib/python3.11/site-packages"
 LIBRARY = f'  File "{SITE}/vllm/worker.py", line 9, in execute\n    run()\n'
@@ -97,3 +99,16 @@ def test_a_crash_outside_python_is_told_from_its_innermost_frame() -> None:
 @pytest.mark.parametrize("log", ["", "free(): invalid pointer", f"{HEAD}{LIBRARY}{OWN}ValueError: x", "a\nb\nc\n" * 9])
 def test_what_is_no_such_crash_is_told_as_it_is(log: str) -> None:
     assert crash_of(log) == ""
+
+
+def test_an_error_without_a_text_is_told_by_its_line() -> None:
+    def choose(kind: str) -> None:
+        assert kind == "softmax"
+
+    try:
+        choose("sigmoid")
+    except AssertionError as error:
+        error.args = ()
+        kept = error
+    assert re.fullmatch(r'AssertionError: test_engine_failure.py:\d+: assert kind == "softmax"', first_reason(kept))
+    assert first_reason(ValueError("no such size")) == "no such size"

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -343,9 +344,15 @@ def import_vllm() -> Any:
 
 
 def first_reason(error: BaseException) -> str:
-    """The first lines of an error's innermost cause: a validation error says what is wrong in its second."""
+    """The first lines of an error's innermost cause: a validation error says what is wrong in its second.
+
+    One that says nothing is told by the line of code that raised it.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(lines)
+    frames = traceback.extract_tb(error.__traceback__)
+    if not lines and frames:
+        lines = [f"{Path(frames[-1].filename).name}:{frames[-1].lineno}", frames[-1].line or ""]
+    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(str(error).strip())
     return ": ".join(([] if plain else [type(error).__name__]) + lines[:2])
