@@ -177,6 +177,18 @@ class Replays:
         return msgspec.structs.replace(finding, slices=found)
 
 
+def replays_all(findings: Iterable[Finding], subject: Subject, *, asked: bool | None) -> bool:
+    """Whether every module is to be replayed: as it was asked for, or else where all passes and draws can tell.
+
+    What the noise of a free run hides is wrong on the reference's own values.
+    """
+    if asked is not None:
+        return asked
+    known = list(findings)
+    looked = subject.ensemble is not None and any(f.check == "modules" for f in known)
+    return looked and all(f.verdict != "fail" for f in known)
+
+
 def with_neighbours(capture: Capture, cases: Iterable[str]) -> list[Case]:
     """The cases as they were run, with all that were in a batch with one of them."""
     batches = {capture.cases[c].batch for c in cases}

@@ -51,7 +51,7 @@ from paritykit.notes import Ran, attempt, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role, small_cache
-from paritykit.replays import Replays
+from paritykit.replays import Replays, replays_all
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.routed import Routed
 
@@ -202,7 +202,8 @@ class Session:
         if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
             unsettled = findings
             findings = self._attempt("settling expert flips", lambda: self._routed.settle(unsettled), unsettled)
-        if self._everywhere(findings):
+        asked = self._local if self._explain else bool(self._local)
+        if "subject" in self.__dict__ and replays_all(findings, self.subject, asked=asked):
             free = findings
             findings = self._attempt("the replay", lambda: self._replays.explain_all(free), free)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
@@ -216,13 +217,6 @@ class Session:
             lambda: explain_findings(local, subject=self.subject, checkpoint=self._checkpoint),
             local,
         )
-
-    def _everywhere(self, findings: list[Finding]) -> bool:
-        """Whether every module is replayed: what the noise of a free run hides is wrong by itself."""
-        if self._local is None:
-            looked = any(f.check == "modules" for f in findings) and self.subject.ensemble is not None
-            return self._explain and looked and not any(f.verdict == "fail" for f in findings)
-        return self._local and "subject" in self.__dict__
 
     def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
         return attempt(what, make, instead, notes=self.notes)
@@ -478,13 +472,14 @@ def compare_captures(
     progress: Progress | None = None,
     engine: Engine | None = None,
     explain: bool = True,
+    local: bool | None = None,
 ) -> Results:
     """Compare two captures from disk. ``tokens`` sees only what the candidate chose while it was fed.
 
     ``twin`` is the reference in the candidate's dtype, fed the same tokens, for a noise floor, and ``ensemble`` what
     draws of its rounding do. ``engine`` is the candidate, opened to replay modules where a case fails (``draw``: beside
-    draws that are fed so too); with ``explain`` causes are looked for there. Raises UsageError if they do not hold the
-    same tokens.
+    draws that are fed so too) and, where there are draws, if none does: with ``local`` always or never. With
+    ``explain`` causes are looked for. Raises UsageError if they do not hold the same tokens.
     """
     config = config or load_config()
     for other in (candidate, *([twin] if twin is not None else [])):
@@ -505,7 +500,7 @@ def compare_captures(
     notes: list[str] = []
     if engine is not None:
         found = findings
-        look = partial(_looked_into, found, subject, engine, draw=draw, progress=progress)
+        look = partial(_looked_into, found, subject, engine, draw=draw, local=local, progress=progress)
         findings = attempt("the replay", look, found, notes=notes)
     if explain:
         findings = attempt("the diagnosis", partial(explain_findings, findings, subject=subject), findings, notes=notes)
@@ -515,17 +510,29 @@ def compare_captures(
 
 
 def _looked_into(
-    findings: list[Finding], subject: Subject, engine: Engine, *, draw: Draw | None, progress: Progress | None
+    findings: list[Finding],
+    subject: Subject,
+    engine: Engine,
+    *,
+    draw: Draw | None,
+    local: bool | None,
+    progress: Progress | None,
 ) -> list[Finding]:
-    """``findings`` with a verdict behind expert flips, and with local errors where they fail, by runs of ``engine``."""
+    """``findings`` with a verdict behind expert flips, and with local errors where they are wanted, by runs of
+    ``engine``.
+    """
     with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
         routed = Routed(subject, engine, folder=Path(folder), progress=progress)
-        if not routed.wants(findings) and all(f.verdict != "fail" for f in findings):
+        everywhere = replays_all(findings, subject, asked=local)
+        if not (everywhere or routed.wants(findings) or any(f.verdict == "fail" for f in findings)):
             return findings
         try:
             engine.open()
             replays = Replays(subject, engine, draw=draw, progress=progress)
-            return accumulate(replays.explain(routed.settle(findings)), replayed=replays.done)
+            settled = routed.settle(findings)
+            if replays_all(settled, subject, asked=local):
+                settled = replays.explain_all(settled)
+            return accumulate(replays.explain(settled), replayed=replays.done)
         finally:
             engine.close()
 

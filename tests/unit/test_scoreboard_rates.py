@@ -101,6 +101,8 @@ def test_what_was_found_placed_and_explained_is_counted() -> None:
     (hit(ratio=None), "loud"),
     (hit(level="ten", ratio=8.0), "ten"),
     (hit(level="twice", ratio=2.0), "twice"),
+    (outcome(level="ten", ratio=10.0, verdict="pass", alike=True), "alike"),
+    (hit(level="ten", alike=True), "ten"),
     (outcome(level="ten", quiet=True), None),
     (outcome(error="EngineError: gone"), None),
 ])  # fmt: skip
@@ -123,12 +125,14 @@ def test_every_outcome_is_counted_once_or_named(data: st.DataObject) -> None:
             "quiet": quiet,
             "full": ratio,
             "error": error,
+            "failed": ["modules"] if found else [],
+            "alike": data.draw(st.booleans()),
         }
         made.append(hit(model=model, level=level, **fields))
     board = make_board(made)
     counted = sum((c.counts for c in board.cells), Counts())
     assert counted.tried == sum(level_of(o) is not None for o in made)
-    named = [n for n in board.notes if n.what in ("missed", "faint", "quiet")]
+    named = [n for n in board.notes if n.what in ("missed", "faint", "alike", "quiet")]
     missed = [o for o in made if level_of(o) is not None and not o.found_by]
     assert len([n for n in named if n.what != "quiet" or n.said == "not found"]) == len(missed)
     assert len([n for n in board.notes if n.what == "broken"]) == sum(bool(o.error) for o in made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from paritykit.testing.scoreboard.judges import LEAST_COSINE, TOP
-from paritykit.testing.scoreboard.plan import FP8_TOLERANCE
 
 METHOD = {
     "opening": "How often ParityKit finds what is wrong, says where and why, and keeps quiet where nothing is. "
@@ -15,7 +14,9 @@ METHOD = {
     "as it is, and cut until its own point is off by ten times and by twice the noise floor. *Found*: a check that the "
     "fault names fails, with the noise floor as the only tolerance. The next two columns are of those found that have "
     "a place, the last two of those found. What is cut is not the mistake any more but a mixture of it with what is "
-    "right, and most causes are tested as the whole mistake.",
+    "right, and most causes are tested as the whole mistake. In the last row is what has no effect: a factor before a "
+    "norm, for example, that the norm takes away. Nothing that is computed from the point differs, so it passes, and "
+    "the run tells the point as one that means something else.",
     "class": "At ten times the floor or louder.",
     "engine": "The same, by where the faults were planted.",
     "judges": "The same captures, judged as engines' own tests do: the candidate against Hugging Face in the "
@@ -34,12 +35,12 @@ METHOD = {
     "candidate's `rel_l2` over that of the noise floor, or of half a unit in the last place where that is more, at the "
     "point where the fault is, in the case where it is largest. Strengths are looked for along a power law until the "
     "ratio is within 1.3 times of what is wanted, six tries at most; the ratio that was reached is the one that is "
-    "shown. What fails is replayed and explained as in any run. *Exact* is the point that the fault table says, or "
-    "where the engine does not show that, the nearest module around it. *Within one module*: that one, the one around "
+    "shown. Where all passes every module is replayed once, what fails is replayed and explained as in any run. "
+    "*Exact* is the point that the fault table says, or where the engine does not show that, the nearest module "
+    "around it. *Within one module*: that one, the one around "
     "it, one right inside it, or next to it in order of execution. Faults in loading are held against the weight "
     "ledger first, those of files against the audit, and those that only an engine's own schedules show against these "
-    "too; what the ledger and the audit say comes first, as in a run. An fp8 cache rounds where Hugging Face does not: "
-    f"under that condition a number of the project's own, {FP8_TOLERANCE}, is allowed in the floor's place.\n\n"
+    "too; what the ledger and the audit say comes first, as in a run.\n\n"
     "By default each fault is planted in one model at every strength "
     "in both dtypes, in turn through the models that it fits, in nano and in vLLM; in nano also as it is and at ten "
     "times the floor in two more models, and each third one in trained weights. Faults of files that are found before "

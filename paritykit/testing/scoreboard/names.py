@@ -27,6 +27,11 @@ SECTIONS = {
         "what was named; *near*: within one module",
     ),
     "misexplained": ("Faults that were explained otherwise", "Found, and another cause came first.", "causes named"),
+    "alike": (
+        "Faults without an effect",
+        "The point is another number, and nothing that is computed from it differs.",
+        "verdict",
+    ),
     "faint": ("Not found at twice the floor", "Cut to twice the noise floor.", "checks that failed, or verdict"),
     "quiet": (
         "Faults that are quieter than ten times the floor",

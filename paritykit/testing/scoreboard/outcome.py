@@ -17,7 +17,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ``full`` the same at full strength. ``quiet``: the fault does not reach the level, and was not judged at it.
     ``failed`` are the checks that failed, ``found_by`` those of them that the fault names. ``wanted`` is where the
     fault is, as far as the engine shows it, ``named`` what was named; ``exact`` and ``near`` say how that fits, None
-    where there is nothing to name. ``causes`` are names, the best first; ``unaided`` those from captures alone, where
+    where there is nothing to name. ``alike``: the fault's point was told as one that means something else, for nothing
+    that is computed from it differs. ``causes`` are names, the best first; ``unaided`` those from captures alone, where
     the ledger spoke first. ``judges`` says which of the simpler ones would have failed the candidate. ``error``: it
     could not run.
     """
@@ -35,6 +36,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     named: str = ""
     exact: bool | None = None
     near: bool | None = None
+    alike: bool = False
     cause: str = ""
     causes: list[str] = []
     unaided: list[str] = []

@@ -40,8 +40,6 @@ MAX_POSITIONS = 512
 SHORT = 96
 """What fits into the few blocks of a crowded cache."""
 CACHING = "enable_prefix_caching"
-FP8_TOLERANCE = 0.1
-"""An fp8 cache rounds by itself, where the reference has none: by 0.06 to 0.1 in these models, and no floor says so."""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,11 +77,6 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         if self.condition is not None:
             return engine_arguments(self.engine, self.condition)
         return {"tensor_parallel_size": self.ranks} if self.ranks > 1 else {}
-
-    @property
-    def tolerance(self) -> dict[str, float]:
-        """Allowed numbers in the floor's place, by dtype, as a project gives them: none but where a cache rounds."""
-        return {self.dtype: FP8_TOLERANCE} if self.arguments.get("kv_dtype") == "fp8" else {}
 
     def cases(self) -> list[Case]:
         """What is run."""

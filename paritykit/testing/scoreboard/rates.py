@@ -15,13 +15,16 @@ LOUD = 10.0
 """So many times the noise floor, and everything above it, has to be found."""
 CONFIDENCE = 1.96
 """Standard deviations: intervals hold the true rate 95 times of 100."""
-Level = Literal["loud", "quiet", "ten", "twice"]
+Level = Literal["loud", "quiet", "ten", "twice", "alike"]
 LEVELS: dict[Level, str] = {
     "loud": "as it is, ten times the floor or more",
     "ten": "cut to ten times the floor",
     "twice": "cut to twice the floor",
     "quiet": "as it is, less than ten times the floor",
+    "alike": "without effect on what is computed from it",
 }
+UNFOUND = {"twice": "faint", "alike": "alike"}
+"""The note of a fault that was not found, where none had to be."""
 REQUIRED: tuple[Level, ...] = ("loud", "ten")
 
 
@@ -139,6 +142,8 @@ def level_of(outcome: Outcome) -> Level | None:
     if outcome.quiet or outcome.error:
         return None
     level = outcome.trial.level
+    if outcome.alike and not outcome.failed:
+        return "alike"
     if level == "ten":
         return "ten"
     if level == "twice":
@@ -231,7 +236,7 @@ def notes_of(outcome: Outcome) -> list[Note]:
     found = [note("quiet", said="found" if outcome.found_by else "not found")] if level == "quiet" else []
     if not outcome.found_by:
         said = ", ".join(outcome.failed) or outcome.verdict
-        return found or [note("missed" if level in REQUIRED else "faint", said=said)]
+        return found or [note(UNFOUND.get(level or "", "missed"), said=said)]
     if outcome.exact is False:
         found.append(note("misplaced", wanted=outcome.wanted, said=outcome.named + (", near" if outcome.near else "")))
     if outcome.causes[:1] != [outcome.cause]:

@@ -21,7 +21,7 @@ from paritykit.testing.scoreboard.places import shown
 from paritykit.testing.scoreboard.plan import LEVELS, Trial, alone_sees, only_audited
 from paritykit.testing.scoreboard.strength import find_strength, ratio_at, subject_of
 from paritykit.testing.scoreboard.varied import vary
-from paritykit.testing.scoreboard.verdicts import blank, compare, placed, simply, told
+from paritykit.testing.scoreboard.verdicts import blank, compare, means_another, placed, simply, told
 
 
 def run_trial(ground: Ground, trial: Trial) -> Outcome:
@@ -134,6 +134,8 @@ def _judged(
 ) -> Outcome:
     results = compare(sides, candidate, engine)
     outcome = simply(told(outcome, results), sides, candidate)
+    if fault is not None and fault.kind != "null" and not outcome.failed:
+        outcome = msgspec.structs.replace(outcome, alike=means_another(results, fault.at(layer=layer)))
     if fault is not None and fault.kind != "null" and outcome.found_by:
         outcome = placed(outcome, results, sides, fault=fault, layer=layer)
     ground.drop(candidate)

@@ -68,7 +68,7 @@ def _session(ground: Ground, trial: Trial) -> Session:
         ),
         candidate=ground.make(trial.engine, model, hosts=hosts, **own),
         cases=trial.cases(),
-        config=load_config({"tolerance": trial.tolerance}, environ={}),
+        config=load_config({}, environ={}),
         checkpoint=Checkpoint.find(str(model)),
         vary=lambda more: ground.make(trial.engine, model, hosts=varied, **{**own, **more}),
         closing=closing,
