@@ -67,17 +67,18 @@ class Feeder:
     def value(self, key: str, tensor: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         """A new tensor to go on with in the place of ``tensor``, which is left as it is; None where nothing is fed.
 
-        Raises ValueError where it has not the columns or rows that are to be filled.
+        So it is with rows that lie scattered in it, which cannot be put back. Raises ValueError where it has not the
+        columns or rows that are to be filled.
         """
         fills = self._fills.get(key)
         if fills is None:
             return None
         new = tensor.detach().clone()
         shown = rows(new, key)
-        if shown is None:
+        if shown is None or shown.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
             self._short.add(key)
             return None
-        self._fill(key, fills, new, shown)
+        self._fill(key, fills, shown)
         self._seen.add(key)
         return new
 
@@ -85,10 +86,8 @@ class Feeder:
         """Note that what ``value`` gave for a point could not be put in its place."""
         self._short.add(key)
 
-    def _fill(self, key: str, fills: tuple[Fill, ...], new: torch.Tensor, shown: torch.Tensor) -> None:
-        """Write into ``shown``, ``[tokens, ...]``, the rows of ``new``."""
-        if shown.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-            raise ValueError(f"{key}: its rows are scattered over {list(new.shape)} and cannot be put back")
+    def _fill(self, key: str, fills: tuple[Fill, ...], shown: torch.Tensor) -> None:
+        """Write into ``shown``, ``[tokens, ...]``, which is a view of ``new``."""
         flat = shown.reshape(len(shown), -1)
         if len(flat) != sum(s.length for s in self._segments) or flat.shape[1] < max(f.start + f.length for f in fills):
             raise ValueError(f"{key}: rows of {list(shown.shape)} are not those it is to be fed")
