@@ -56,7 +56,7 @@ RUN_OPTIONS = (
     click.option(
         "--local/--no-local",
         default=None,
-        help="Replay every module on the reference's values also where something fails, or not even where all passes.",
+        help="Replay every module in every case, or nothing where all passes (default: then in the shortest cases).",
     ),
     click.option("--no-explain", is_flag=True, help="Replay nothing to find culprits, and look for no causes."),
     *CASES,

@@ -111,8 +111,6 @@ class Reference:
         with self._starting(self.twin, "twin") as start:
             found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin", start)
             drawn = self._draw(truth, forced, start)
-        if self.host is not None:
-            self.host.stop()
         return found, drawn
 
     def draw_fed(self, feed: Feed, cases: list[str]) -> Ensemble | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from paritykit.results import Finding, Local
 
 CHECKS = ("modules", "logits")
 """Whose findings are about points that can be replayed."""
+POSITIONS = 64
+"""A local error says no more on many rows than on some, and draws cost eight passes: two of the smoke cases fit."""
 UNMAPPED = ("shape", "mapping")
 """Failures that no number was measured for."""
 
@@ -47,6 +49,7 @@ class Replays:
         self._subject, self._engine, self._draw, self._progress = subject, engine, draw, progress
         self._rules = {r.reference: r for r in subject.mapping.rules}
         self._known: dict[str, Replayed] = {}
+        self._everywhere: dict[tuple[str, ...], Replayed] = {}
 
     @property
     def done(self) -> frozenset[str]:
@@ -78,19 +81,18 @@ class Replays:
             refine([f], self._known[f.case])[0] if f.check in CHECKS and f.case in self._known else f for f in findings
         ]
 
-    def explain_all(self, findings: list[Finding]) -> list[Finding]:
-        """``findings`` with the local error of every point of every case, from one run, if the engine can replay.
+    def explain_all(self, findings: list[Finding], *, cases: Sequence[str]) -> list[Finding]:
+        """``findings`` with the local error of every point of these cases, from one run, if the engine can replay.
 
         What is wrong on the reference's own values fails, though what it was handed in the free run hides it. Raises
         EngineError if the engine did not run.
         """
         if "replay" not in self._engine.capabilities:
             return findings
-        return [expose(f) for f in refine(findings, self._everywhere)]
-
-    @cached_property
-    def _everywhere(self) -> Replayed:
-        return self._descent(list(self._subject.reference.cases), []).replay_all()
+        key = tuple(cases)
+        if key not in self._everywhere:
+            self._everywhere[key] = self._descent(cases, []).replay_all()
+        return [expose(f) for f in refine(findings, self._everywhere[key])]
 
     def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
         """Those for which a reading fits what the candidate makes of them where all others are the reference's.
@@ -177,16 +179,21 @@ class Replays:
         return msgspec.structs.replace(finding, slices=found)
 
 
-def replays_all(findings: Iterable[Finding], subject: Subject, *, asked: bool | None) -> bool:
-    """Whether every module is to be replayed: as it was asked for, or else where all passes and draws can tell.
+def cases_to_replay(findings: Iterable[Finding], subject: Subject, *, asked: bool | None) -> list[str]:
+    """The cases in which every module is to be replayed: all or none, as it was asked for.
 
-    What the noise of a free run hides is wrong on the reference's own values.
+    Or else, where all passes and draws can tell, the shortest, of ``POSITIONS`` together and at least one: what the
+    noise of a free run hides is wrong on the reference's own values.
     """
+    cases = sorted(subject.reference.cases.values(), key=lambda c: c.positions)
     if asked is not None:
-        return asked
+        return [c.id for c in cases] if asked else []
     known = list(findings)
     looked = subject.ensemble is not None and any(f.check == "modules" for f in known)
-    return looked and all(f.verdict != "fail" for f in known)
+    if not looked or any(f.verdict == "fail" for f in known):
+        return []
+    ends = accumulate(c.positions for c in cases)
+    return [c.id for n, (c, end) in enumerate(zip(cases, ends, strict=True)) if not n or end <= POSITIONS]
 
 
 def with_neighbours(capture: Capture, cases: Iterable[str]) -> list[Case]:

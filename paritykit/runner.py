@@ -51,7 +51,7 @@ from paritykit.notes import Ran, attempt, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role, small_cache
-from paritykit.replays import Replays, replays_all
+from paritykit.replays import Replays, cases_to_replay
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.routed import Routed
 
@@ -203,9 +203,10 @@ class Session:
             unsettled = findings
             findings = self._attempt("settling expert flips", lambda: self._routed.settle(unsettled), unsettled)
         asked = self._local if self._explain else bool(self._local)
-        if "subject" in self.__dict__ and replays_all(findings, self.subject, asked=asked):
+        cases = cases_to_replay(findings, self.subject, asked=asked) if "subject" in self.__dict__ else []
+        if cases:
             free = findings
-            findings = self._attempt("the replay", lambda: self._replays.explain_all(free), free)
+            findings = self._attempt("the replay", lambda: self._replays.explain_all(free, cases=cases), free)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
             return findings
         if "subject" not in self.__dict__:
@@ -523,15 +524,15 @@ def _looked_into(
     """
     with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
         routed = Routed(subject, engine, folder=Path(folder), progress=progress)
-        everywhere = replays_all(findings, subject, asked=local)
+        everywhere = cases_to_replay(findings, subject, asked=local)
         if not (everywhere or routed.wants(findings) or any(f.verdict == "fail" for f in findings)):
             return findings
         try:
             engine.open()
             replays = Replays(subject, engine, draw=draw, progress=progress)
             settled = routed.settle(findings)
-            if replays_all(settled, subject, asked=local):
-                settled = replays.explain_all(settled)
+            if everywhere := cases_to_replay(settled, subject, asked=local):
+                settled = replays.explain_all(settled, cases=everywhere)
             return accumulate(replays.explain(settled), replayed=replays.done)
         finally:
             engine.close()
