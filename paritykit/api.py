@@ -92,8 +92,9 @@ def run(
         pk.run("tiny:qwen2", candidate="nano", checks=["batching"], cases=pk.cases("len-17+4")).raise_on_failure()
 
     ``engine_args`` go to the candidate. Without ``floor`` no noise floor is measured, without ``explain`` no modules
-    are replayed and no causes looked for. Every module is replayed where all passes: with ``local`` always, with
-    ``local=False`` never. Raises UsageError for what cannot be, EngineError if an engine does not run.
+    are replayed and no causes looked for. Where all passes every module is replayed in the shortest cases: with
+    ``local`` always and in all, with ``local=False`` never. Raises UsageError for what cannot be, EngineError if an
+    engine does not run.
     """
     given = {"candidate": candidate, "reference": reference, "dtype": dtype, "reference_dtype": reference_dtype}
     told = given if floor else {**given, "floor": False}

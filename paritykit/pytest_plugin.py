@@ -49,19 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in OPTIONS.items():
         group.addoption(f"--parity-{name}", default=None, help=text)
     group.addoption("--parity-tensor-parallel-size", type=int, default=1, help="ranks of the candidate (default: 1)")
-    group.addoption(
-        "--parity-local",
-        action="store_true",
-        default=None,
-        help="replay every module, also where something fails (default: where all passes)",
-    )
-    group.addoption(
-        "--parity-no-local",
-        action="store_false",
-        dest="parity_local",
-        default=None,
-        help="replay nothing where all passes",
-    )
+    group.addoption("--parity-local", action="store_true", default=None,
+                    help="replay every module in every case (default: in the shortest, where all passes)")  # fmt: skip
+    group.addoption("--parity-no-local", action="store_false", dest="parity_local", default=None,
+                    help="replay nothing where all passes")  # fmt: skip
     group.addoption("--parity-no-explain", action="store_true", help="do not replay modules to find the culprits")
     group.addoption("--parity-engine-arg", action="append", default=[], metavar="KEY=VALUE",
                     help="argument of the candidate (repeatable)")  # fmt: skip

@@ -63,8 +63,8 @@ class Session:
 
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
     candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
-    fails, with ``local`` in every case: where it is None, if none fails. With ``together`` the candidate's process
-    starts while the reference runs.
+    fails, with ``local`` in every case: where it is None in the shortest, if none fails. With ``together`` the
+    candidate's process starts while the reference runs.
     """
 
     def __init__(
