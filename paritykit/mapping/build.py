@@ -84,6 +84,7 @@ class _Builder:
         compiled: list[str] = candidate.facts.get("compiled", [])
         self._unseen = f"hooks do not fire in the candidate's compiled graph ({compiled[0]})" if compiled else ""
         self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
+        self._lost = {d.point: f"the reference was not recorded there: {d.reason}" for d in reference.dropped}
         self._reasons: dict[str, str] = {d.point: d.reason for d in (*reference.dropped, *candidate.dropped)}
 
     @staticmethod
@@ -142,6 +143,9 @@ class _Builder:
         partner = self._modules.partners.get(point.module)
         if partner in self._our_meanings:
             return self._our_meanings[partner]
+        lost = self._lost.get(point_key(partner or point.module, port=point.port, call=point.call))
+        if lost:
+            return lost
         return (
             "" if point.module in self._modules.weighted else "it has no weights, and the reference has no such point"
         )
@@ -191,7 +195,10 @@ class _Builder:
     def _misfit(self, point: Point, key: str) -> Misfit:
         wanted, found = math.prod(point.row), self._theirs[key]
         count = len(self._ranks[found.module])
-        message = f"{wanted} features against {math.prod(found.row)} on each of {count} rank(s) of {key}"
+        said = f"{wanted} features against {math.prod(found.row)}"
+        if point.port in CACHE_PORTS:
+            said = f"heads x width {_heads(point)} against {_heads(found)}"
+        message = f"{said} on each of {count} rank(s) of {key}"
         return Misfit(reference=point.key, candidate=key, message=message)
 
     def _sized(self, point: Point, place: Place, key: str) -> Rule | Misfit:
@@ -207,6 +214,8 @@ class _Builder:
             fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None
         else:
             fitting = sized_blocks(wanted=wanted, local=local, ranks=ranks)
+        if point.port in CACHE_PORTS and len(point.row) == len(found.row) == 2 and point.row[1] != found.row[1]:
+            return self._misfit(point, key)  # an MLA latent is no head, though it may be as wide as all heads together
         if fitting is None and point.inner:
             fitting = repeated_heads(point.row, found.row, ranks=ranks)
         if fitting is None:
@@ -216,6 +225,11 @@ class _Builder:
         merged = all(b.start == sum(c.length for c in fitting[:n]) for n, b in enumerate(fitting))
         blocks = () if merged and sum(b.length for b in fitting) == local else fitting
         return Rule(reference=point.key, candidate=key, blocks=blocks, source=place.source)
+
+
+def _heads(point: Point) -> str:
+    """The row of a cache in words."""
+    return " x ".join(map(str, point.row))
 
 
 def within(module: str, scope: str) -> bool:

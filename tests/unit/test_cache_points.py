@@ -268,9 +268,11 @@ def test_a_reference_that_caches_every_kv_head_for_each_query_head(tmp_path: Pat
 
 
 def test_cache_rows_that_fit_in_no_way_are_a_misfit() -> None:
-    for theirs in ([2, 8], [3, 4], [8]):
+    """A latent of MLA may be as wide as all heads together: it is none of them."""
+    for theirs in ([2, 8], [1, 16], [3, 4], [8], [16], [4, 4]):
         mapping = build_mapping(manifest({KEY: [4, 4]}), manifest({KEY: theirs}))
-        assert [m.reference for m in mapping.misfits] == ([] if theirs == [2, 8] else [KEY])
+        assert [m.reference for m in mapping.misfits] == ([] if theirs in ([16], [4, 4]) else [KEY])
+        assert all("heads x width 4 x 4 against" in m.message for m in mapping.misfits)
 
 
 def test_the_first_wrong_cache_introduced_it(tmp_path: Path) -> None:

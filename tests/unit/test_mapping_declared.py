@@ -74,6 +74,16 @@ def test_fused_parts(facts: dict[str, Any], source: str) -> None:
     assert not mapping.misfits
 
 
+def test_what_the_reference_was_not_recorded_at_has_that_reason() -> None:
+    """It runs over what was cached, say, and not token by token."""
+    reference = manifest({f"{LAYER}.mlp": 4})
+    reference.dropped.append(Dropped(f"{LAYER}.self_attn.kv_b_proj", "its rows changed"))
+    theirs = manifest({f"{LAYER}.mlp": 4, f"{LAYER}.self_attn.kv_b_proj": 4})
+    mapping = build_mapping(reference, theirs)
+    assert not mapping.unmatched
+    assert [u.reason for u in mapping.skipped] == ["the reference was not recorded there: its rows changed"]
+
+
 def test_fused_parts_of_two_ranks_with_a_shared_kv_head() -> None:
     fused = {
         f"{LAYER}.self_attn.qkv_proj": [
