@@ -21,7 +21,7 @@ from paritykit.checks.base import LOGITS, Subject
 from paritykit.checks.measured import measure_point
 from paritykit.comparison.align import pairs
 from paritykit.comparison.readings import Fit, Search, best_readings, kind_of, read_alike
-from paritykit.diagnose.consequence import Flow, failed_anywhere
+from paritykit.diagnose.consequence import Flow, failed_anywhere, is_sink
 from paritykit.diagnose.locate import locate
 from paritykit.diagnose.tree import Tree
 from paritykit.mapping.rules import GUESSES, Rule
@@ -103,7 +103,7 @@ class _Meanings:
         self._tree = Tree(subject.reference.manifest)
 
     def settled(self) -> list[Finding]:
-        for keys in self.kinds(self._silent_now()[1]):
+        for keys in self.kinds(self._silent_now(cached=True)[1]):
             self.read(keys)
         flow, silent = self._silent_now()
         for key in sorted(silent, key=self._subject.graph.order):
@@ -127,13 +127,13 @@ class _Meanings:
         seen = [f for f in self._findings.values() if f.check in (CHECK, LOGITS[1:]) and f.verdict in MEASURED]
         return failed_anywhere((f.point, f.verdict == "fail") for f in seen if f.metric != "mapping")
 
-    def _silent_now(self) -> tuple[Flow, set[str]]:
-        """Who is computed from whom, and the failing points that nothing after them shows."""
+    def _silent_now(self, *, cached: bool = False) -> tuple[Flow, set[str]]:
+        """Who is computed from whom, and the failing points that nothing after them shows, what is cached included."""
         failed = self._failed()
         flow = Flow(self._subject.graph, self._tree, compared=failed)
         failing = {k for k, bad in failed.items() if bad} - self._subject.mapping.stated
         while True:
-            silent = flow.silent(failing)
+            silent = flow.alike(failing) if cached else flow.silent(failing)
             heard = {k for k in silent if any(self._hands_on(k, c, silent, failed) for c in flow.around(k))}
             if not heard:
                 return flow, silent
@@ -161,7 +161,10 @@ class _Meanings:
         It is looked for at the last: what lies before it lies before the first only where there is something.
         """
         known, guessed = self._subject.candidate.points, self._rule(keys[-1]).source in GUESSES
-        for fit in best_readings(self._search(keys[-1]), elsewhere=guessed)[:TRIED]:
+        fits = self._search(keys[-1])
+        if is_sink(keys[-1]):
+            fits = [f for f in fits if f.reading.how == "order"]
+        for fit in best_readings(fits, elsewhere=guessed)[:TRIED]:
             rules = {k: read_alike(fit, self._rule(k), known=known) or self._otherwise(fit, k) for k in keys}
             fitting = {k: rule for k, rule in rules.items() if rule is not None}
             if len(fitting) == len(keys) and self._take(fitting, fit):
@@ -199,7 +202,8 @@ class _Meanings:
             if key in rules or kind_of(key) != kind:
                 continue
             other = read_alike(fit, rule, known=self._subject.candidate.points)
-            again = [measure_point(self._subject, other, case, check=CHECK) for case in self._cases] if other else []
+            judged_so = [c for c in self._cases if self._verdict(c, key) in MEASURED]
+            again = [measure_point(self._subject, other, case, check=CHECK) for case in judged_so] if other else []
             plain = self._failed().get(key, False)
             if not plain and any(f.verdict == "fail" for f in again):
                 return False
@@ -210,6 +214,10 @@ class _Meanings:
         for f in judged:
             self._findings[CHECK, f.case, f.point] = msgspec.structs.replace(f, reading=rules[f.point].reading)
         return True
+
+    def _verdict(self, case: str, key: str) -> str:
+        found = self._findings.get((CHECK, case, key))
+        return found.verdict if found is not None else ""
 
     def _adopt(self, key: str, rule: Rule) -> None:
         mapping = self._subject.mapping

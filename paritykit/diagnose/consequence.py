@@ -38,6 +38,10 @@ class Flow:
             for parent in found:
                 children[parent].add(key)
         self._all = children
+        self._reading: dict[str, set[str]] = defaultdict(set)
+        for key in (k for k in compared if not _cached(k)):
+            for cache in filter(_cached, graph.origins(key, compared=compared)):
+                self._reading[cache].add(key)
         self._next = {
             key: {c for c in found if found.isdisjoint(parents[c] - {key, c})} for key, found in children.items()
         }
@@ -56,16 +60,31 @@ class Flow:
         """The points that may also take it, beside what it reaches them through: residual streams do."""
         return self._all.get(key, set()) - self.after(key)
 
+    def reads(self, key: str) -> set[str]:
+        """The points that are computed from a cache, directly."""
+        return self._reading.get(key, set())
+
     def silent(self, failing: Collection[str]) -> set[str]:
         """Those of the ``failing`` points that nothing shows that is computed from them.
 
         What is computed from such a point agrees, or is such a point itself. Sinks are none, nor is what has nothing
         after it.
         """
-        found = {k for k in failing if not is_sink(k) and self.after(k)}
-        while heard := {k for k in found if any(self._compared[c] and c not in found for c in self.after(k))}:
+        return self._quiet({k for k in failing if not is_sink(k) and self.after(k)})
+
+    def alike(self, failing: Collection[str]) -> set[str]:
+        """As ``silent``, with caches: what reads such a cache agrees, so that it may hold its columns in an order of
+        its own, as the queries do. That must be shown: what is cached is never told as something else.
+        """
+        return self._quiet({k for k in failing if self.after(k) or self.reads(k)})
+
+    def _quiet(self, found: set[str]) -> set[str]:
+        def onward(key: str) -> set[str]:
+            return self.reads(key) if _cached(key) else self.after(key)
+
+        while heard := {k for k in found if any(self._compared[c] and c not in found for c in onward(k))}:
             found -= heard
-        return {k for k in found if self.shown(k, found)}
+        return {k for k in found if _cached(k) or self.shown(k, found)}
 
     def shown(self, key: str, silent: Collection[str]) -> set[str]:
         """The points that agree where the error of a silent one would be seen first."""

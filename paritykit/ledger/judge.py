@@ -96,6 +96,8 @@ def allowed_reason(subject: WeightSubject, problem: Problem) -> str:
     for rule in subject.expected.allowed:
         if rule.problem == problem.code and re.fullmatch(rule.name, problem.name):
             return rule.reason
+    if problem.cancels:
+        return problem.cancels
     layout = subject.expected.reference
     if layout is None or problem.code != "unread":
         return ""

@@ -25,8 +25,61 @@ def wrong_order(subject: WeightSubject) -> Iterator[Problem]:
                 where, rank = moved
                 count = sum(size(x.source) for x in group.values())
                 text = f"{name}: {where} in {parameter}{on_rank(subject, rank)}"
-                yield Problem(code="wrong-order", name=name, message=text, elements=count, rank=rank)
+                cancels = _cancels(subject, name)
+                yield Problem(code="wrong-order", name=name, message=text, elements=count, rank=rank, cancels=cancels)
                 break
+
+
+def _cancels(subject: WeightSubject, name: str) -> str:
+    """Why the order of a tensor's rows changes no product of two modules; empty where it may.
+
+    Each head's queries and keys may be in another order if it is the same one; whether rotary embedding follows it is
+    no matter of the weights, and shows in what attention gives.
+    """
+    own, module = _order_of(subject, name), _module(name)
+    others = (n for n in subject.by_tensor if _module(n) != module and _scope(n) == _scope(name))
+    other = next((n for n in others if own is not None and _order_of(subject, n) == own), None)
+    if own is None or other is None:
+        return ""
+    return f"each {len(own)} rows are in the order that those of {other} are in too: that cancels in a product of both"
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _scope(name: str) -> str:
+    """What holds the module of a tensor."""
+    return _module(_module(name))
+
+
+def _order_of(subject: WeightSubject, name: str) -> tuple[int, ...] | None:
+    """The order of rows in each block of as many, the same in every block and on every rank; None for no such order."""
+    rows: dict[tuple[str, int | None, int], dict[int, int]] = defaultdict(dict)
+    for x in subject.by_tensor[name]:
+        axis = next((k for k, a in enumerate(x.axes) if a == 0), None)
+        if axis is None:
+            return None
+        places = zip(x.target[axis].places(), x.source[0].places(), strict=True)
+        rows[x.parameter, subject.part_of(x), x.rank].update(places)
+    orders = {_block(found) for found in rows.values()}
+    return orders.pop() if len(orders) == 1 else None
+
+
+def _block(rows: dict[int, int]) -> tuple[int, ...] | None:
+    """The smallest block of rows that holds one order all through; None where rows leave it, or all are in place.
+
+    >>> _block({0: 0, 1: 2, 2: 1, 3: 3, 4: 4, 5: 6, 6: 5, 7: 7})
+    (0, 2, 1, 3)
+    """
+    first = min(rows.values())
+    order = [rows[place] - first for place in sorted(rows)]
+    count = len(order)
+    for length in (n for n in range(2, count + 1) if count % n == 0):
+        block = order[:length]
+        if sorted(block) == list(range(length)) and order == [n + b for n in range(0, count, length) for b in block]:
+            return None if block == sorted(block) else tuple(block)
+    return None
 
 
 def _moved(group: list[Landing]) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from paritykit.provenance.weightmap import Spans, show
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that is wrong: ``code`` names its kind, ``elements`` says how many weights it touches.
 
-    ``names`` are other names it is about.
+    ``names`` are other names it is about. ``cancels`` says why it changes nothing that is computed, where that is so.
     """
 
     code: str
@@ -24,6 +24,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     elements: int = 0
     rank: int | None = None
     names: tuple[str, ...] = ()
+    cancels: str = ""
 
 
 Rule: TypeAlias = Callable[[WeightSubject], Iterator[Problem]]

@@ -69,6 +69,14 @@ def test_a_sink_is_never_silent_and_keeps_what_made_it_from_being_so() -> None:
     assert is_sink("layers.0.mix#key_cache")
 
 
+def test_a_cache_whose_readers_agree_may_be_in_another_order() -> None:
+    found = ("layers.0.mix.k", "layers.0.mix#key_cache")
+    assert flow(*found).alike(found) == set(found)
+    wrong = KEYS[KEYS.index("layers.1.mix.k") :]
+    assert flow(*wrong).alike(wrong) == set()
+    assert flow("#logits").alike(["#logits"]) == set()
+
+
 def test_an_error_is_seen_first_at_what_agrees_after_it() -> None:
     found = flow("layers.0.mix", "layers.0.mix.o")
     assert found.shown("layers.0.mix.o", {"layers.0.mix", "layers.0.mix.o"}) == {"layers.0.after#input"}

@@ -16,7 +16,7 @@ from paritykit.ledger.subject import Expected, WeightSubject
 from paritykit.mapping.rules import Part
 from paritykit.provenance.names import numbers, pattern
 from paritykit.provenance.weightmap import Landing, ParameterInfo, RankLedger, Span, TensorInfo, WeightMap
-from tests.weights import Fault, Toy, altered, problems, subject, swapped
+from tests.weights import Fault, Toy, altered, judged, problems, subject, swapped
 
 RANKS = [1, 4]
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -75,6 +75,30 @@ def test_rows_that_are_permuted(ranks: int, name: str, change: Change, text: str
     assert codes(found)[f"layers.1.{name}"] - {"wrong-slice"} == {"wrong-order"}
     assert set(codes(found)) == {f"layers.1.{name}"}
     assert text in one(found, "wrong-order").message
+
+
+@pytest.mark.parametrize(("other", "order", "cancels"), [
+    ("k_proj", (0, 2, 1, 3), True),
+    ("k_proj", (0, 1, 3, 2), False),
+    ("nothing", (0, 2, 1, 3), False),
+])  # fmt: skip
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_queries_and_keys_in_one_order_within_each_head(
+    ranks: int, other: str, order: tuple[int, ...], cancels: bool
+) -> None:
+    """As Llama 4's are, for the rotary embedding of its engine; what attention gives shows whether that follows."""
+
+    def fault(name: str, tensor: torch.Tensor, rank: int) -> tuple[str, torch.Tensor, int]:
+        kept = (0, 2, 1, 3) if "attn.q_proj" in name else order if other in name else None
+        heads = tensor.unflatten(0, (-1, 4)) if kept else tensor
+        return name, heads[:, list(kept)].flatten(0, 1) if kept else tensor, rank
+
+    found = judged(Toy(ranks=ranks, hidden=16), fault=fault)
+    wrong = {f.point.split(".")[-2] for f in found.findings if f.verdict == "fail"}
+    assert wrong == (set() if cancels else {"q_proj"} | ({"k_proj"} if other == "k_proj" else set()))
+    told = [f.message for f in found.findings if f.verdict == "pass" and f.message]
+    assert all("that cancels in a product of both" in text for text in told)
+    assert bool(told) == cancels
 
 
 def test_the_rank_that_is_permuted_is_named() -> None:
