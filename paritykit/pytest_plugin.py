@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="replay every module in every case (default: in the shortest, where all passes)")  # fmt: skip
     group.addoption("--parity-no-local", action="store_false", dest="parity_local", default=None,
                     help="replay nothing where all passes")  # fmt: skip
-    group.addoption("--parity-no-explain", action="store_true", help="do not replay modules to find the culprits")
+    group.addoption("--parity-no-explain", action="store_true", help="replay nothing, and look for no causes")
     group.addoption("--parity-engine-arg", action="append", default=[], metavar="KEY=VALUE",
                     help="argument of the candidate (repeatable)")  # fmt: skip
 
