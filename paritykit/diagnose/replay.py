@@ -16,14 +16,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from paritykit.captures.manifest import split_key
+from paritykit.captures.manifest import CACHE_PORTS, split_key
 from paritykit.diagnose.locate import Graph
 from paritykit.diagnose.tree import Tree
 from paritykit.results import Finding, Local, Slice
 
 LEVELS = ("layers", "blocks", "leaves")
 WORSE = 1.1
-"""A module is worse with the reference's values inside it if its error then is so many times the one without."""
+"""A module is worse with the reference's values inside it if its error then is so many times the one without: of the
+free run, or of the level before.
+"""
 Place = tuple[str, str]
 """A case and a point."""
 
@@ -75,6 +77,7 @@ class Descent:
             self._by_module[split_key(key)[0]].append(key)
         self._failing: dict[str, bool] = {}
         """Points that failed in the free run, to whether one did with nothing before it."""
+        free = list(free)
         for f in free:
             if f.verdict == "fail":
                 self._failing[f.point] = f.origin == "introduced" or self._failing.get(f.point, False)
@@ -82,8 +85,8 @@ class Descent:
         self._local: dict[Place, Local] = {}
         self._slices: dict[Place, list[Slice]] = {}
         self._suspicions: list[_Suspicion] = []
-        self._errors: dict[Place, float] = {}
-        self._worse: dict[Place, int] = {}
+        self._errors = {(f.case, f.point): e for f in free if (e := f.metrics.get("rel_l2")) is not None}
+        self._worse: set[tuple[Place, int]] = set()
 
     def replay(self) -> Replayed:
         """Run level after level, while something is left to look into."""
@@ -115,17 +118,27 @@ class Descent:
             self._failed[place[0]][place[1]] = f.verdict == "fail"
             self._local.setdefault(place, local_of(f, level=name))
             error = f.metrics.get("rel_l2") or 0.0
-            if f.verdict == "fail" and error > WORSE * self._errors.setdefault(place, error):
-                self._worse.setdefault(place, level)
+            if f.verdict == "fail":
+                before = self._errors.setdefault(place, error)
+                if error > WORSE * before:
+                    self._worse.add((place, level))
+                self._errors[place] = min(error, before)
 
     def _doubted(self) -> frozenset[str]:
         """The points that failed on the level on which a module around them became worse."""
         return frozenset(
             s.place[1]
             for s in self._suspicions
-            for (case, key), level in self._worse.items()
-            if (case, level) == (s.place[0], s.level) and _inside(s.place[1], key)
+            for (case, key), level in self._worse
+            if (case, level) == (s.place[0], s.level) and self._is_inside(s.place[1], key)
         )
+
+    def _is_inside(self, point: str, outer: str) -> bool:
+        """Whether a point lies in the module that another one shows, and is neither its output nor its input."""
+        module, port, _ = split_key(outer)
+        scope = self._graph.around(module) if port == "input" else module
+        inner, own, _ = split_key(point)
+        return _within(inner, scope) and (inner != scope or own in CACHE_PORTS) and point != outer
 
     def _suspect(self, module: str, look: Look) -> bool:
         """Whether to look inside: it is beyond its limit, was not seen, or failed inside with nothing before it."""
@@ -228,12 +241,6 @@ def _cleared(origin: str, key: str, replaced: frozenset[str]) -> bool:
     """
     module, port, _ = split_key(origin)
     return origin in replaced and (not port or module == split_key(key)[0])
-
-
-def _inside(point: str, outer: str) -> bool:
-    """Whether a point lies in the module of another one, and is not that module's own."""
-    module, scope = split_key(point)[0], split_key(outer)[0]
-    return module != scope and _within(module, scope)
 
 
 def _within(module: str, scope: str) -> bool:

@@ -253,6 +253,29 @@ class Renamed(Candidate):
         return Look(found, look.replaced)
 
 
+class Turned(Candidate):
+    """One whose queries and keys are in another order: where they are replaced, what attention gives is wrong."""
+
+    def __call__(self, replaced: Sequence[str], shown: Sequence[str]) -> Look:
+        look = super().__call__(replaced, shown)
+        found = {p: replace(f, metrics={"rel_l2": 1.0}) for p, f in look.findings.items()}
+        place = ("a", "model.layers.1.self_attn.o#input")
+        if place in found and any(k.endswith((".q", ".k")) for k in replaced):
+            found[place] = replace(found[place], verdict="fail", metrics={"rel_l2": 0.5})
+        return Look(found, look.replaced)
+
+
+@pytest.mark.parametrize("error", [1e-7, 0.5])
+def test_parts_are_doubted_whose_replacing_makes_right_what_comes_of_them_wrong(error: float) -> None:
+    parts = {"model.layers.1.self_attn.q", "model.layers.1.self_attn.k"}
+    free = [
+        finding(k, "fail" if k in parts else "pass", order=GRAPH.order(k), origin="introduced" if k in parts else None,
+                metrics={"rel_l2": 1.0 if k in parts else error})
+        for k in KEYS
+    ]  # fmt: skip
+    assert descend(Turned(sorted(parts)), free).doubted == (parts if error < 0.1 else set())
+
+
 @pytest.mark.parametrize(("worse", "doubted"), [(5.0, {"model.layers.1.mlp.up"}), (1.0, set()), (0.2, set())])
 def test_a_part_whose_replacing_makes_its_module_worse_is_doubted(worse: float, doubted: set[str]) -> None:
     candidate = Renamed(["model.layers.1.mlp"], renamed="model.layers.1.mlp.up", worse=worse)
