@@ -65,7 +65,7 @@ def read_alone(local: Subject, kinds: Collection[str], cases: Sequence[str]) -> 
 
 
 def measured_anew(subject: Subject, findings: list[Finding], points: Collection[str]) -> list[Finding]:
-    """``findings`` with those of ``points`` made again, by the rules that the mapping has now."""
+    """``findings`` with those of ``points`` made again, by the rules that the mapping has now, and settled so."""
     rules = {r.reference: r for r in subject.mapping.rules}
     found = [
         msgspec.structs.replace(
@@ -75,7 +75,7 @@ def measured_anew(subject: Subject, findings: list[Finding], points: Collection[
         else f
         for f in findings
     ]
-    return _located(subject, found)
+    return _located(subject, settle(subject, found))
 
 
 def _located(subject: Subject, findings: list[Finding]) -> list[Finding]:
@@ -107,11 +107,13 @@ class _Meanings:
             self.read(keys)
         flow, silent = self._silent_now()
         for key in sorted(silent, key=self._subject.graph.order):
-            if key in self._misfits:
-                self._leave_out(key, self._misfits[key].message)
-            elif self._everywhere(key) and self._loudness(key, flow.shown(key, silent)) > LOUD:
+            if (
+                key not in self._misfits
+                and self._everywhere(key)
+                and self._loudness(key, flow.shown(key, silent)) > LOUD
+            ):
                 self._name(key)
-        self._drop_misfits(flow)
+        self._drop_misfits(flow, silent)
         self._note_mappings()
         return list(self._findings.values())
 
@@ -283,12 +285,16 @@ class _Meanings:
         mapping.rules = [r for r in mapping.rules if r.reference != key]
         mapping.misfits = [m for m in mapping.misfits if m.reference != key]
 
-    def _drop_misfits(self, flow: Flow) -> None:
-        """A rule that does not fit is no rule, unless what is computed from its point fails."""
-        failed, mapping = self._failed(), self._subject.mapping
+    def _drop_misfits(self, flow: Flow, silent: Collection[str]) -> None:
+        """A rule that does not fit is no rule, unless what is computed from its point fails: in every layer."""
+        failed, stated = self._failed(), self._subject.mapping.stated
+
+        def heard(key: str) -> bool:
+            return any(failed.get(k, False) and k not in self._misfits for k in flow.after(key))
+
+        dropped = {kind_of(key) for key in self._misfits if key in silent or not heard(key)}
         for key, misfit in list(self._misfits.items()):
-            heard = any(failed.get(k, False) and k not in self._misfits for k in flow.after(key))
-            if not heard and key not in mapping.stated:
+            if kind_of(key) in dropped and key not in stated:
                 self._leave_out(key, misfit.message)
 
 

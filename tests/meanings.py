@@ -26,7 +26,7 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
 
     ``residual_in``: the mixer adds the residual; ``gate_in``: the expert multiplies by its gate; ``scaled_in``: the
     embedding multiplies; ``turned``: rows of q, and of k, in another order; ``odd``: the block gives something that is
-    used by nobody, and beside it what it should.
+    used by nobody, and beside it what it should; ``narrow``: of half the width.
     """
 
     residual_in: bool = False
@@ -34,6 +34,7 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
     scaled_in: bool = False
     turned: tuple[str, ...] = ()
     odd: bool = False
+    narrow: bool = False
     scale: float = 3.0
     wrong: str = ""
     by: float = 1.05
@@ -78,7 +79,8 @@ class Block(nn.Module):
         gate, plain = self.gate(x), self.plain(x)
         out = self.expert(x, gate)
         total = plain + (out if self.cut.gate_in else gate.sigmoid() * out)
-        return (plain * out * 0.1, total) if self.cut.odd else (total,)
+        odd = plain * out * 0.1
+        return (odd[..., : WIDTH // 2] if self.cut.narrow else odd, total) if self.cut.odd else (total,)
 
 
 class Layer(nn.Module):

@@ -83,6 +83,17 @@ def test_what_is_named_alike_hides_no_fault_behind_it(where: int) -> None:
     assert first.point == f"layers.{where}.mixer.o"
 
 
+@pytest.mark.parametrize("wrong", ["", "mixer.o.weight"])
+@pytest.mark.parametrize("where", range(1, LAYERS))
+def test_a_size_that_does_not_fit_is_no_failure_in_any_layer(where: int, wrong: str) -> None:
+    """Behind a fault all that is computed from such a point fails, which says nothing of it; before it nothing does."""
+    results = compared(Cut(), Cut(odd=True, narrow=True, wrong=wrong, where=where))
+    assert not [f for f in results.findings if f.metric == "shape"]
+    assert results.summary.verdict == ("fail" if wrong else "pass")
+    first = results.summary.first_divergence
+    assert (first.point if first else "") == (f"layers.{where}.mixer.o" if wrong else "")
+
+
 def test_a_small_fault_that_the_residual_dilutes_stays_a_failure() -> None:
     """The last layer's output is a thousandth of the stream: what follows agrees, and the module is wrong."""
     clean, wrong = Cut(scale=3000.0), Cut(scale=3000.0, wrong="block.plain.weight", by=1.0 + 3e-6, where=LAYERS - 1)
