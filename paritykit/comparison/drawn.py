@@ -30,8 +30,8 @@ draws the variance of the worst row's, the worst channel's and the factors' was 
 0.54 of one over those numbers (medians, same points), but other ways to sum differ more: a token of a correct attention
 was 3.7 times the draws."""
 FEW = 50.0
-"""Independent numbers that are taken to be there at least. Where a sink has all the energy there are fewer, and how far
-these scatter the draws say: trained models have many such points, most of them calm."""
+"""Independent numbers that are taken to be there at least, where draws differ. Where a sink has all the energy there
+are fewer, and how far these scatter the draws say: trained models have many such points, most of them calm."""
 LEAST_FACTOR = 0.01
 """A constant factor scatters by this share of the whole error at least, however many numbers it is made of."""
 TRUNCATED = 2 * 1.8
@@ -39,6 +39,9 @@ TRUNCATED = 2 * 1.8
 bfloat16 instructions, of shares and of outputs), which makes all of it smaller by half a unit in the last place each
 time: by 1.8 times the root mean square of one rounding. Where all tokens are alike that is an offset of each channel's
 own, and what is computed from it has factors and offsets of its rows and channels."""
+SAME_ROW = 1e-3
+"""Rows whose squared errors differ by less than this share in every draw err as one: of a text that repeats one token
+they differ by 1e-4, since the truth rounds too."""
 GUARDS = 8
 RUN_CHANCE = 1e-4
 """Chance that a whole run fails though all is computed rightly. Where modules are replayed too it takes two: a number
@@ -72,12 +75,13 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     """Every number that is judged, ``rel_l2`` first; ``least`` is the smallest noise floor to go by."""
     candidate, typical = noise.candidate, np.maximum(draws.whole, least)
     whole = _mean(typical)
-    rows, channels = noise.even_rows, noise.even_channels
+    distinct = _distinct(draws.squares)
+    rows, channels = min(noise.even_rows, distinct), noise.even_channels
     wide, tall = min(PEAKED * channels, noise.features, DEGREES), min(rows, DEGREES)
     yield _guard("rel_l2", candidate.whole, typical, numbers=rows * wide, chance=chance)
     logs = np.log(np.maximum(draws.row, least)).mean(1)
     middle = math.exp(float(np.log(np.maximum(candidate.row, least)).mean()))
-    yield _guard("typical_rel_l2", middle, np.exp(logs), numbers=noise.rows * wide, chance=chance)
+    yield _guard("typical_rel_l2", middle, np.exp(logs), numbers=min(noise.rows, distinct) * wide, chance=chance)
     yield _worst_row(np.asarray(candidate.row), draws.row, least=least, numbers=wide, chance=chance)
     floors = np.maximum(draws.channel, max(median(draws.channel), least))
     seen, numbers = np.asarray(candidate.channel), WORST_CHANNEL * tall
@@ -96,6 +100,14 @@ def drawn_guards(noise: Noise, draws: PointDraws, *, least: float, chance: float
     yield _signed("scale", candidate.scale, draws.scale, prior=share * whole, bias=bias, chance=chance)
 
 
+def _distinct(squares: Floats) -> int:
+    """Rows that err by themselves, of ``[draws, rows]`` squared errors: a row of a token that stands there again errs
+    as that does, where no rounding was drawn.
+    """
+    logs = np.log(np.maximum(squares[:, np.argsort(squares[0])], np.finfo(np.float64).tiny))
+    return 1 + int((np.abs(np.diff(logs, axis=1)).max(0) > SAME_ROW).sum())
+
+
 def _own(scales: float | Floats, scale: float | Floats) -> Floats:
     """What rows' or channels' own factors are beside the one that all have: one projection lies inside the other."""
     found: Floats = np.sqrt(np.maximum(np.square(scales) - np.square(scale), 0.0))
@@ -109,7 +121,8 @@ def _guard(metric: str, value: float, drawn: Floats, *, numbers: float, chance: 
 def _beyond(logs: Floats, *, numbers: float, chance: float) -> float:
     """How many times the typical number is allowed, from the logarithms of those drawn."""
     count = len(logs)
-    variance = (PRIOR / max(numbers, FEW) + float(((logs - logs.mean()) ** 2).sum())) / (PRIOR + count - 1)
+    least = FEW if float(np.ptp(logs)) > SAME_ROW else 1.0
+    variance = (PRIOR / max(numbers, least) + float(((logs - logs.mean()) ** 2).sum())) / (PRIOR + count - 1)
     return math.exp(quantile(chance, PRIOR + count - 1) * math.sqrt(variance * (1 + 1 / count)))
 
 

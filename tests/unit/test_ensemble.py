@@ -194,6 +194,24 @@ def test_what_is_added_to_a_product_is_no_part_of_its_sums(added: float) -> None
         assert (drawn[1] - drawn[0]).abs().max() <= 2 * 2**-24 * max(2 * added, drawn[0].abs().max().item())
 
 
+def test_a_row_that_stands_there_again_says_nothing_new() -> None:
+    """A text of one token: where no rounding was drawn, all of its rows err alike."""
+    row = torch.randn(FEATURES, generator=torch.Generator().manual_seed(0))
+    once = row.bfloat16().float()
+    twice = ((row * 1.3).bfloat16().float() / 1.3).bfloat16().float()
+    for rows, passes in ((1, True), (8, True)):
+        truth = row.expand(rows, -1) * torch.linspace(1, 1 + 1e-5, rows)[:, None]
+        rounded = [once.expand(rows, -1)] * (DRAWS + 1)
+        found = judged(truth, rounded[0], twice.expand(rows, -1), drawn(truth, *rounded[1:]))
+        assert (found.value <= found.allowed) is passes, rows
+    many = torch.randn(60, FEATURES, generator=torch.Generator().manual_seed(1))
+    rounded = [many.bfloat16().float()] * (DRAWS + 1)
+    wrong = rounded[0].clone()
+    wrong[:, 5] *= 1.02
+    found = judged(many, rounded[0], wrong, drawn(many, *rounded[1:]))
+    assert found.value > found.allowed
+
+
 def test_a_tangent_may_be_made_of_exponentials() -> None:
     """Near zero that loses far more than a tangent's own rounding; of each copy the draws have one factor too."""
     x = (torch.randn(64, 500, generator=torch.Generator().manual_seed(0)) * 0.1).expand(64, 500)
