@@ -75,7 +75,7 @@ def measured_anew(subject: Subject, findings: list[Finding], points: Collection[
         else f
         for f in findings
     ]
-    return _located(subject, settle(subject, found))
+    return settle(subject, found)
 
 
 def _located(subject: Subject, findings: list[Finding]) -> list[Finding]:

@@ -191,6 +191,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     local: Local | None = None
     slices: list[Slice] = []
 
+    @property
+    def means_another(self) -> bool:
+        """Whether the candidate means something else by its name: it is named alike, or read in another way."""
+        return self.kind == "named_alike" or bool(self.reading)
+
 
 class WeightRow(msgspec.Struct, frozen=True, kw_only=True, tag="weight"):
     """One box of a checkpoint tensor and where it landed: check ``weights``, as a table for people.

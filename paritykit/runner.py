@@ -199,17 +199,18 @@ class Session:
 
     def explained(self, findings: list[Finding]) -> list[Finding]:
         """``findings`` with a verdict behind expert flips; where they fail with local errors and causes, if wanted."""
-        if any(f.verdict == "inconclusive" for f in findings) and "subject" in self.__dict__:
+        compared = "subject" in self.__dict__
+        if compared and any(f.verdict == "inconclusive" for f in findings):
             unsettled = findings
             findings = self._attempt("settling expert flips", lambda: self._routed.settle(unsettled), unsettled)
         asked = self._local if self._explain else bool(self._local)
-        cases = cases_to_replay(findings, self.subject, asked=asked) if "subject" in self.__dict__ else []
+        cases = cases_to_replay(findings, self.subject, asked=asked) if compared else []
         if cases:
             free = findings
             findings = self._attempt("the replay", lambda: self._replays.explain_all(free, cases=cases), free)
         if not self._explain or not any(f.verdict == "fail" for f in findings):
             return findings
-        if "subject" not in self.__dict__:
+        if not compared:
             return explain_findings(findings, subject=None, checkpoint=self._checkpoint)
         replayed = self._attempt("the replay", lambda: self._replays.explain(findings), findings)
         local = accumulate(replayed, replayed=self._replays.done)

@@ -32,7 +32,8 @@ class Flow:
 
     def __init__(self, graph: Graph, tree: Tree, *, compared: Mapping[str, bool]) -> None:
         self._graph, self._compared = graph, compared
-        parents = {key: self._parents(key, tree) for key in compared}
+        origins = {key: graph.origins(key, compared=compared) for key in compared}
+        parents = {key: self._parents(key, origins[key], tree) for key in compared}
         children: dict[str, set[str]] = defaultdict(set)
         for key, found in parents.items():
             for parent in found:
@@ -40,14 +41,14 @@ class Flow:
         self._all = children
         self._reading: dict[str, set[str]] = defaultdict(set)
         for key in (k for k in compared if not _cached(k)):
-            for cache in filter(_cached, graph.origins(key, compared=compared)):
+            for cache in filter(_cached, origins[key]):
                 self._reading[cache].add(key)
         self._next = {
             key: {c for c in found if found.isdisjoint(parents[c] - {key, c})} for key, found in children.items()
         }
 
-    def _parents(self, key: str, tree: Tree) -> set[str]:
-        found = {k for k in self._graph.origins(key, compared=self._compared) if k != key and not _cached(k)}
+    def _parents(self, key: str, origins: Iterable[str], tree: Tree) -> set[str]:
+        found = {k for k in origins if k != key and not _cached(k)}
         if found and tree.is_outer(split_key(key)[0]) and split_key(key)[1] != "input":
             return {max(found, key=self._graph.order)}
         return found
@@ -59,10 +60,6 @@ class Flow:
     def around(self, key: str) -> set[str]:
         """The points that may also take it, beside what it reaches them through: residual streams do."""
         return self._all.get(key, set()) - self.after(key)
-
-    def reads(self, key: str) -> set[str]:
-        """The points that are computed from a cache, directly."""
-        return self._reading.get(key, set())
 
     def silent(self, failing: Collection[str]) -> set[str]:
         """Those of the ``failing`` points that nothing shows that is computed from them.
@@ -76,13 +73,14 @@ class Flow:
         """As ``silent``, with caches: what reads such a cache agrees, so that it may hold its columns in an order of
         its own, as the queries do. That must be shown: what is cached is never told as something else.
         """
-        return self._quiet({k for k in failing if self.after(k) or self.reads(k)})
+        return self._quiet({k for k in failing if self._onward(k)})
+
+    def _onward(self, key: str) -> set[str]:
+        """The points computed from one directly, those that read it where it is a cache."""
+        return self._reading.get(key, set()) if _cached(key) else self.after(key)
 
     def _quiet(self, found: set[str]) -> set[str]:
-        def onward(key: str) -> set[str]:
-            return self.reads(key) if _cached(key) else self.after(key)
-
-        while heard := {k for k in found if any(self._compared[c] and c not in found for c in onward(k))}:
+        while heard := {k for k in found if any(self._compared[c] and c not in found for c in self._onward(k))}:
             found -= heard
         return {k for k in found if _cached(k) or self.shown(k, found)}
 

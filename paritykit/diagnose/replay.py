@@ -117,9 +117,9 @@ class Descent:
         for place, f in look.findings.items():
             self._failed[place[0]][place[1]] = f.verdict == "fail"
             self._local.setdefault(place, local_of(f, level=name))
-            error = f.metrics.get("rel_l2") or 0.0
             if f.verdict == "fail":
-                before = self._errors.setdefault(place, error)
+                error = f.metrics.get("rel_l2") or 0.0
+                before = self._errors.get(place, error)
                 if error > WORSE * before:
                     self._worse.add((place, level))
                 self._errors[place] = min(error, before)

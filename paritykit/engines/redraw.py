@@ -100,7 +100,7 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _tangent(self, found: torch.Tensor) -> torch.Tensor:
         """A hyperbolic tangent in float32 as exponentials may give it: each first entry's by a factor of its own."""
         unit = ROUNDING["float32"]
-        first = found.flatten(1)[:, :1].view(-1, *[1] * (found.ndim - 1)) if found.ndim > 1 else found
+        first = found.new_empty(found.shape[:1] + (1,) * (found.ndim - 1))
         return found.mul_(1 + self._noise(first) * (2 * BIASED * unit)).add_(self._noise(found), alpha=unit)
 
     def stored_in(self, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

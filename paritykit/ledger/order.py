@@ -36,9 +36,9 @@ def _cancels(subject: WeightSubject, name: str) -> str:
     Each head's queries and keys may be in another order if it is the same one; whether rotary embedding follows it is
     no matter of the weights, and shows in what attention gives.
     """
-    own, module = _order_of(subject, name), _module(name)
-    others = (n for n in subject.by_tensor if _module(n) != module and _scope(n) == _scope(name))
-    other = next((n for n in others if own is not None and _order_of(subject, n) == own), None)
+    own = _order_of(subject, name)
+    others = (n for n in subject.by_tensor if _module(n) != _module(name) and _scope(n) == _scope(name))
+    other = None if own is None else next((n for n in others if _order_of(subject, n) == own), None)
     if own is None or other is None:
         return ""
     return f"each {len(own)} rows are in the order that those of {other} are in too: that cancels in a product of both"

@@ -84,8 +84,8 @@ class _Builder:
         compiled: list[str] = candidate.facts.get("compiled", [])
         self._unseen = f"hooks do not fire in the candidate's compiled graph ({compiled[0]})" if compiled else ""
         self._weights = set(filter(None, (longest_prefix(p, set(modules)) for p in self._parameters(reference))))
-        self._lost = {d.point: f"the reference was not recorded there: {d.reason}" for d in reference.dropped}
-        self._reasons: dict[str, str] = {d.point: d.reason for d in (*reference.dropped, *candidate.dropped)}
+        self._lost = {d.point: d.reason for d in reference.dropped}
+        self._reasons = self._lost | {d.point: d.reason for d in candidate.dropped}
 
     @staticmethod
     def _parameters(reference: Manifest) -> list[str]:
@@ -145,7 +145,7 @@ class _Builder:
             return self._our_meanings[partner]
         lost = self._lost.get(point_key(partner or point.module, port=point.port, call=point.call))
         if lost:
-            return lost
+            return f"the reference was not recorded there: {lost}"
         return (
             "" if point.module in self._modules.weighted else "it has no weights, and the reference has no such point"
         )
@@ -193,16 +193,19 @@ class _Builder:
             self._disagreements.append(Disagreement(point.module, said, found))
 
     def _misfit(self, point: Point, key: str) -> Misfit:
-        wanted, found = math.prod(point.row), self._theirs[key]
+        found = self._theirs[key]
         count = len(self._ranks[found.module])
-        said = f"{wanted} features against {math.prod(found.row)}"
         if point.port in CACHE_PORTS:
             said = f"heads x width {_heads(point)} against {_heads(found)}"
+        else:
+            said = f"{math.prod(point.row)} features against {math.prod(found.row)}"
         message = f"{said} on each of {count} rank(s) of {key}"
         return Misfit(reference=point.key, candidate=key, message=message)
 
     def _sized(self, point: Point, place: Place, key: str) -> Rule | Misfit:
         found, wanted = self._theirs[key], math.prod(point.row)
+        if point.port in CACHE_PORTS and len(point.row) == len(found.row) == 2 and point.row[1] != found.row[1]:
+            return self._misfit(point, key)  # an MLA latent is no head, though it may be as wide as all heads together
         local, ranks = math.prod(found.row), self._ranks[found.module]
         parts = self._modules.fused.get(place.module)
         if place.blocks and point.port == "" and sum(b.length for b in place.blocks) == wanted:
@@ -214,8 +217,6 @@ class _Builder:
             fitting = () if whole else blocks if sum(b.length for b in blocks) == wanted else None
         else:
             fitting = sized_blocks(wanted=wanted, local=local, ranks=ranks)
-        if point.port in CACHE_PORTS and len(point.row) == len(found.row) == 2 and point.row[1] != found.row[1]:
-            return self._misfit(point, key)  # an MLA latent is no head, though it may be as wide as all heads together
         if fitting is None and point.inner:
             fitting = repeated_heads(point.row, found.row, ranks=ranks)
         if fitting is None:

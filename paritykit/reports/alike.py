@@ -39,7 +39,7 @@ def meanings(results: Results) -> list[Meaning]:
     """Every kind of point that is read in another way or is named alike, in order of execution."""
     groups: dict[tuple[str, int, str], list[Finding]] = defaultdict(list)
     for f in results.findings:
-        if f.kind == "named_alike" or f.reading:
+        if f.means_another:
             groups[pattern(f.point), len(NUMBER.findall(f.point)), pattern(f.reading)].append(f)
     return [_meaning(found) for found in groups.values()]
 
@@ -74,7 +74,7 @@ def alike_fields(results: Results) -> list[tuple[str, str]]:
 
 def alike_lines(findings: list[Finding]) -> list[str]:
     """One line for each finding of a point that is read in another way or is named alike."""
-    told = [f for f in findings if f.kind == "named_alike" or f.reading]
+    told = [f for f in findings if f.means_another]
     return [f"{shorten(f.point, LIMIT)}   {f.reading or UNREAD}" for f in told]
 
 

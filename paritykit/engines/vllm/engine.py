@@ -351,8 +351,7 @@ def first_reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    frames = traceback.extract_tb(error.__traceback__)
-    if not lines and frames:
+    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(lines)
+    if not lines and (frames := traceback.extract_tb(error.__traceback__)):
         lines = [f"{Path(frames[-1].filename).name}:{frames[-1].lineno}", frames[-1].line or ""]
-    plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(str(error).strip())
     return ": ".join(([] if plain else [type(error).__name__]) + lines[:2])

@@ -134,10 +134,11 @@ def _judged(
 ) -> Outcome:
     results = compare(sides, candidate, engine)
     outcome = simply(told(outcome, results), sides, candidate)
-    if fault is not None and fault.kind != "null" and not outcome.failed:
-        outcome = msgspec.structs.replace(outcome, alike=means_another(results, fault.at(layer=layer)))
-    if fault is not None and fault.kind != "null" and outcome.found_by:
-        outcome = placed(outcome, results, sides, fault=fault, layer=layer)
+    if fault is not None and fault.kind != "null":
+        if outcome.found_by:
+            outcome = placed(outcome, results, sides, fault=fault, layer=layer)
+        elif not outcome.failed:
+            outcome = msgspec.structs.replace(outcome, alike=means_another(results, fault.at(layer=layer)))
     ground.drop(candidate)
     return outcome
 

@@ -100,7 +100,7 @@ def placed(outcome: Outcome, results: Results, sides: Sides, *, fault: Fault, la
 def means_another(results: Results, wanted: str) -> bool:
     """Whether the point of a fault, or what the engine shows of it, is told as one that means something else."""
     place = shown(wanted, {f.point for f in results.findings})
-    return any(f.kind == "named_alike" or f.reading for f in results.findings if f.point == place)
+    return any(f.means_another for f in results.findings if f.point == place)
 
 
 def simply(outcome: Outcome, sides: Sides, candidate: Capture) -> Outcome:
