@@ -13,11 +13,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paritykit.captures.reader import Capture, keep_alive, scratch_folder
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case, CaseSet, validate
 from paritykit.engines.base import Progress
@@ -135,11 +137,11 @@ def capture(
         todo = follow_tokens(concrete_cases(cases, engine.describe().model), follow)
         if out is not None:
             return engine.run(todo, points=Selection(points), out=Path(out), progress=progress)  # type: ignore[no-any-return]
-        folder, guard = scratch_folder("capture")
+        folder = Path(tempfile.mkdtemp(prefix="paritykit-"))
         try:
-            return keep_alive(engine.run(todo, points=Selection(points), out=folder, progress=progress), guard)
+            return let_go(engine.run(todo, points=Selection(points), out=folder / "capture", progress=progress), folder)
         except BaseException:
-            guard.cleanup()
+            shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
         engine.close()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from paritykit.captures.manifest import split_key
-from paritykit.captures.reader import Capture
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.comparison.ensemble import DrawPlan, Ensemble
@@ -75,8 +75,8 @@ class Ground:
         return next(key for key, found in self.engines.items() if found is engine)
 
     def run(self, engine: Any, cases: list[Case]) -> Capture:
-        found: Capture = engine.run(cases, points=Selection(), out=self.folder / f"{next(self.numbers)}")
-        return found
+        out = self.folder / f"{next(self.numbers)}"
+        return let_go(engine.run(cases, points=Selection(), out=out), out)
 
     def reference(self, model: Path, cases: list[Case]) -> Capture:
         """What Hugging Face computes, and generates."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 import weakref
 from collections.abc import Iterator
 from functools import cached_property
@@ -168,15 +168,9 @@ class Capture:
         return table
 
 
-def scratch_folder(name: str) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    """A path for a capture that lives as long as the returned guard."""
-    guard = tempfile.TemporaryDirectory(prefix="paritykit-")
-    return Path(guard.name) / name, guard
-
-
-def keep_alive(capture: Capture, guard: tempfile.TemporaryDirectory[str]) -> Capture:
-    """``capture``, whose temporary folder is removed when it is garbage-collected."""
-    weakref.finalize(capture, guard.cleanup)
+def let_go(capture: Capture, folder: Path) -> Capture:
+    """``capture``, whose temporary ``folder`` is removed when it is garbage-collected."""
+    weakref.finalize(capture, shutil.rmtree, folder, ignore_errors=True)
     return capture
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paritykit.captures.reader import Capture
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import cases
 from paritykit.config import load_config
@@ -83,7 +83,8 @@ class Bench:
         try:
             if "ledger" in engine.capabilities:
                 self.ledgers[str(model)] = engine.ledger()
-            return engine.run(todo, points=Selection(), out=self._folder / f"{self._count}")
+            out = self._folder / f"{self._count}"
+            return let_go(engine.run(todo, points=Selection(), out=out), out)
         finally:
             engine.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from paritykit.captures.reader import Capture
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.engines.hf import HFEngine
@@ -47,7 +47,8 @@ class Engines:
 
     def run(self, family: str, cases: list[Case], *, points: Any = None, **arguments: Any) -> Capture:
         engine = self.get(family, **arguments)
-        return engine.run(cases, points=Selection(points), out=self._folder / f"{next(self._number)}")
+        out = self._folder / f"{next(self._number)}"
+        return let_go(engine.run(cases, points=Selection(points), out=out), out)
 
 
 @pytest.fixture(scope="module")

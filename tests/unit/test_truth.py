@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from paritykit.captures.reader import Capture
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.engines.features import parameter_names
@@ -49,7 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Capture]:
         if key not in opened:
             opened[key] = HFEngine(str(model), dtype=dtype, **arguments)
             opened[key].open()
-        return opened[key].run(cases or [CASE], points=Selection(), out=folder / str(next(number)))
+        out = folder / str(next(number))
+        return let_go(opened[key].run(cases or [CASE], points=Selection(), out=out), out)
 
     return run_engine
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paritykit.captures.feed import Feed
-from paritykit.captures.reader import Capture
+from paritykit.captures.reader import Capture, let_go
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.comparison.ensemble import Draw, DrawPlan, Ensemble
@@ -88,9 +88,9 @@ class Ground:
             made.close()
 
     def run(self, engine: Any, cases: list[Case]) -> Capture:
-        """All points of all cases, in a folder of its own."""
-        found: Capture = engine.run(cases, points=Selection(), out=self.scratch())
-        return found
+        """All points of all cases, in a folder of its own, which goes with what is returned."""
+        out = self.scratch()
+        return let_go(engine.run(cases, points=Selection(), out=out), out)
 
     def sides(self, model: Path, *, dtype: str, cases: list[Case]) -> Sides:
         """The reference on these cases: one precision above ``dtype`` on its weights, and in ``dtype`` itself."""
