@@ -6,8 +6,7 @@ All are run on first need, each once, one after the other in one process, and ke
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from paritykit.comparison.twin import read_at_once
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError, ParityError
+from paritykit.registry import call_function
 from paritykit.store import Store, joined_key
 
 UNKNOWN = "this reference is not run in two dtypes"
@@ -48,7 +48,7 @@ class Reference:
     ``no_floor`` says why there is no twin, ``no_ensemble`` why its rounding could not be drawn anew. ``variants`` are
     other ways to run it in the twin's dtype, by what differs; a variant gets all cases in one batch. ``host`` is a
     process of their own that they all share. ``cache`` is the dtype of a candidate's KV cache where that is of 8 bits:
-    the draws then keep theirs so.
+    the draws then keep theirs so. With ``keep`` the twin's engine stays open until ``close``: it may draw again.
     """
 
     truth: Role
@@ -64,11 +64,12 @@ class Reference:
     progress: Progress | None = None
     starts: dict[str, int] = field(default_factory=dict)
     cache: str = ""
-    _drawing: bool = False
+    keep: bool = False
+    _opened: bool = False
 
-    def prepare(self, *, folder: Path, cases: list[Case], progress: Progress | None) -> None:
+    def prepare(self, *, folder: Path, cases: list[Case], progress: Progress | None = None, keep: bool = False) -> None:
         """Where captures go that are not kept, and what is run."""
-        self.folder, self.cases, self.progress = folder, cases, progress
+        self.folder, self.cases, self.progress, self.keep = folder, cases, progress, keep
 
     @cached_property
     def capture(self) -> Capture:
@@ -108,10 +109,12 @@ class Reference:
         if self.twin is None:
             return None, None
         forced = self._forced(truth)
-        with self._starting(self.twin, "twin") as start:
-            found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin", start)
-            drawn = self._draw(truth, forced, start)
-        return found, drawn
+        try:
+            found = self._take(self.twin, [*forced, *read_at_once(forced)], "twin", self._opened_twin)
+            return found, self._draw(truth, forced, self._opened_twin)
+        finally:
+            if not self.keep:
+                self._close_twin()
 
     def draw_fed(self, feed: Feed, cases: list[str]) -> Ensemble | None:
         """What the draws do where modules are fed the truth's values, on some cases; None where there is no ensemble.
@@ -127,12 +130,23 @@ class Reference:
         return found
 
     def _opened_twin(self) -> Any:
-        """The twin's engine, to stay open until ``close``."""
-        engine: Any = self.twin.engine if self.twin else None
-        if not self._drawing:
-            engine.open()
-            self._drawing = True
-        return engine
+        """The twin's engine, opened when it is first asked for."""
+        assert self.twin is not None
+        if not self._opened:
+            self._open(self.twin, "twin")
+            self._opened = True
+        return self.twin.engine
+
+    def _close_twin(self) -> None:
+        if self.twin is not None and self._opened:
+            self._opened = False
+            self.twin.engine.close()
+
+    def _open(self, role: Role, name: str) -> None:
+        if self.progress:
+            self.progress(f"starting {getattr(role.engine, 'name', 'reference')}", 0, 0)
+        role.engine.open()
+        self.starts[name] = self.starts.get(name, 0) + 1
 
     def _forced(self, truth: Capture) -> list[Case]:
         return [c.force(truth.continuation(c.id)) for c in self.cases]
@@ -160,9 +174,19 @@ class Reference:
             self.no_ensemble = str(error).splitlines()[0]
             return None
 
+    def compute(self, target: str, arguments: Mapping[str, Any], *, kind: Any) -> Any:
+        """What ``package.module:function`` gives, in the reference's process where that runs: it has the libraries.
+
+        ``arguments`` and the result, which is of type ``kind``, are what JSON can hold.
+        """
+        if self.host is None or not self.host.running:
+            return call_function(target, arguments, progress=self.progress)
+        return self.host.compute(target, arguments, kind=kind, folder=self.folder, progress=self.progress)
+
     def run_variants(self) -> Iterator[tuple[str, Capture | EngineError]]:
         """What each of the variants gives, fed the truth's tokens, or the error that ended it."""
         forced = [msgspec.structs.replace(c, batch=0) for c in self._forced(self.capture)]
+        self._close_twin()
         for number, (name, role) in enumerate(self.variants.items()):
             try:
                 yield name, self._take(role, forced, f"variant{number}")
@@ -181,37 +205,21 @@ class Reference:
 
     def _take(self, role: Role, cases: list[Case], name: str, start: Callable[[], Engine] | None = None) -> Capture:
         """The capture of a role's engine: kept, or run now, by ``start`` where others use the engine too."""
-        if start is None:
-            with self._starting(role, name) as own:
-                return self._take(role, cases, name, own)
 
         def make(out: Path) -> Capture:
-            return start().run(cases, points=Selection(), out=out, progress=self.progress)
+            if start is not None:
+                return start().run(cases, points=Selection(), out=out, progress=self.progress)
+            try:
+                self._open(role, name)
+                found: Capture = role.engine.run(cases, points=Selection(), out=out, progress=self.progress)
+                return found
+            finally:
+                role.engine.close()
 
         scratch = self.folder / name
         if self.store is None or role.key is None:
             return make(scratch)
         return self.store.take(role.key(cases), make, scratch=scratch, read=Capture.open)
-
-    @contextmanager
-    def _starting(self, role: Role, name: str) -> Iterator[Callable[[], Engine]]:
-        """Gives the role's engine, opened when it is first asked for, and closes it on leaving the context."""
-        opened: list[Engine] = []
-
-        def start() -> Engine:
-            if not opened:
-                if self.progress:
-                    self.progress(f"starting {getattr(role.engine, 'name', 'reference')}", 0, 0)
-                opened.append(role.engine)
-                role.engine.open()
-                self.starts[name] = self.starts.get(name, 0) + 1
-            return opened[0]
-
-        try:
-            yield start
-        finally:
-            for engine in opened:
-                engine.close()
 
 
 def small_cache(manifest: Manifest) -> str:

@@ -6,9 +6,10 @@ free of heavy imports. Other packages add entries through an entry point group, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from typing import Any, Generic, TypeVar, cast
 
 from paritykit.errors import UnknownNameError, UsageError
@@ -33,6 +34,16 @@ def load_attribute(target: str, *, kind: str = "object") -> Any:
             raise UsageError(f"{kind} {target!r}: module {module_name!r} has no attribute {part!r}")
         value = getattr(value, part)
     return value
+
+
+def call_function(target: str, arguments: Mapping[str, Any], *, progress: Any = None) -> Any:
+    """What the function that ``"package.module:attribute"`` names gives; one that takes ``progress`` gets it.
+
+    Raises UsageError as ``load_attribute`` does.
+    """
+    function = load_attribute(target, kind="function")
+    told = {"progress": progress} if "progress" in signature(function).parameters else {}
+    return function(**arguments, **told)
 
 
 class Registry(Generic[T]):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from paritykit.audit import Audit, audit
+from paritykit.audit import Audit
 from paritykit.captures.reader import Capture
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
@@ -43,7 +43,7 @@ from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.pool import EnginePool, Make
 from paritykit.ledger.expect import expect, read_allowed
 from paritykit.ledger.judge import judge_weights
-from paritykit.ledger.subject import Allowed, WeightSubject
+from paritykit.ledger.subject import Allowed, ReferenceLayout, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.meanings import settle
@@ -51,6 +51,7 @@ from paritykit.notes import Ran, attempt, notes_of
 from paritykit.provenance.weightmap import RankLedger
 from paritykit.records import assemble, case_infos, checkpoint_side, explain_findings, run_record
 from paritykit.reference import Reference, Role, small_cache
+from paritykit.registry import call_function
 from paritykit.replays import Replays, cases_to_replay
 from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.routed import Routed
@@ -100,7 +101,12 @@ class Session:
         self._folder = tempfile.TemporaryDirectory(prefix="paritykit-")
         self._starts: dict[str, int] = {}
         self._reference = reference if isinstance(reference, Reference) else Reference(truth=Role(engine=reference))
-        self._reference.prepare(folder=Path(self._folder.name), cases=cases, progress=progress)
+        self._reference.prepare(
+            folder=Path(self._folder.name),
+            cases=cases,
+            progress=progress,
+            keep=self._together and (explain or bool(local)),
+        )
         self._opened = False
         self._free: dict[str, list[int]] | None = None
         self.notes: list[str] = []
@@ -358,12 +364,16 @@ class Session:
 
     def _weight_subject(self, engine: Any) -> WeightSubject:
         ledgers: list[RankLedger] = engine.ledger()
-        return weight_subject(ledgers, self._checkpoint, dtype=engine.describe().dtype, allowed=self._allowed)
+        dtype = engine.describe().dtype
+        compute = partial(self._reference.compute, kind=ReferenceLayout | None)
+        return weight_subject(ledgers, self._checkpoint, dtype=dtype, allowed=self._allowed, compute=compute)
 
     def _audit(self) -> Audit:
         assert self._checkpoint is not None
         ranks = self._opened_candidate().describe().parallel.get("tensor_parallel_size", 1)
-        return audit(self._checkpoint.path, tensor_parallel_size=ranks, progress=self._progress)
+        arguments = {"folder": str(self._checkpoint.path), "tensor_parallel_size": ranks}
+        found: Audit = self._reference.compute("paritykit.audit.run:audit", arguments, kind=Audit)
+        return found
 
     def _begin(self) -> None:
         """Let the candidate's process start beside the reference, where it has one of its own and that is wanted."""
@@ -417,14 +427,22 @@ def case_checks() -> list[str]:
 
 
 def weight_subject(
-    ledgers: list[RankLedger], checkpoint: Checkpoint | None, *, dtype: str, allowed: list[Allowed] | None = None
+    ledgers: list[RankLedger],
+    checkpoint: Checkpoint | None,
+    *,
+    dtype: str,
+    allowed: list[Allowed] | None = None,
+    compute: Callable[[str, dict[str, str]], ReferenceLayout | None] = call_function,
 ) -> WeightSubject:
-    """What the ledger looks at; where there is no checkpoint to read, the tensors are those the loader was handed."""
-    from paritykit.engines.layout import reference_layout
+    """What the ledger looks at; where there is no checkpoint to read, the tensors are those the loader was handed.
 
+    ``compute`` calls a function by its name, where transformers is imported: see ``Reference.compute``.
+    """
+    layout: ReferenceLayout | None = None
     tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
-    layout = reference_layout(checkpoint) if checkpoint else None
+    if checkpoint is not None:
+        layout = compute("paritykit.engines.layout:reference_layout", {"folder": str(checkpoint.path)})
     expected = expect(tensors, ledgers=ledgers, reference=layout, dtype=dtype, allowed=allowed)
     return WeightSubject(ledgers, expected)
 

@@ -23,6 +23,7 @@ from paritykit.engines.messages import (
     Answer,
     CallFunction,
     Close,
+    Compute,
     Done,
     DrawRounding,
     Failed,
@@ -36,6 +37,7 @@ from paritykit.engines.messages import (
     encode,
 )
 from paritykit.errors import EngineMissingError, ParityError, UsageError
+from paritykit.registry import call_function
 
 
 def main(arguments: list[str]) -> None:
@@ -90,6 +92,10 @@ class _Host:
             return Done(self._engine.describe(), sorted(self._engine.capabilities), variations)
         if isinstance(order, Close):
             self.close()
+            return Done()
+        if isinstance(order, Compute):
+            found = call_function(order.target, order.arguments, progress=self._progress)
+            Path(order.out).write_bytes(msgspec.json.encode(found))
             return Done()
         self._use(order)
         return Done()

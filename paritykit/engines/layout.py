@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -12,10 +14,11 @@ from paritykit.engines.hf import quiet
 from paritykit.ledger.subject import ReferenceLayout
 
 
-def reference_layout(checkpoint: Checkpoint) -> ReferenceLayout | None:
-    """Where transformers puts each tensor, and which axis is its output; None for a model that it cannot build."""
+def reference_layout(folder: str) -> ReferenceLayout | None:
+    """Where transformers puts each tensor of a checkpoint, and which axis is its output; None if it cannot build it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    checkpoint = Checkpoint(Path(folder))
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(checkpoint.path)

@@ -61,6 +61,14 @@ class CallFunction(msgspec.Struct, tag=True):
     host: bool = False
 
 
+class Compute(msgspec.Struct, tag=True):
+    """Call ``package.module:function``, of no engine, and write what it gives into file ``out``, as JSON."""
+
+    target: str
+    arguments: dict[str, Any]
+    out: str
+
+
 class Close(msgspec.Struct, tag=True):
     """Close the engine; the process may open another."""
 
@@ -92,7 +100,7 @@ class Failed(msgspec.Struct, tag=True):
     logged: bool = False
 
 
-Order = Open | RunCases | DrawRounding | ReadLedger | PoisonCache | CallFunction | Close
+Order = Open | RunCases | DrawRounding | ReadLedger | PoisonCache | CallFunction | Compute | Close
 Answer = Done | Working | Failed
 
 encode = msgspec.msgpack.encode

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +29,7 @@ from paritykit.engines.messages import (
     Answer,
     CallFunction,
     Close,
+    Compute,
     Done,
     DrawRounding,
     Failed,
@@ -90,6 +92,26 @@ class HostProcess:
         if isinstance(answer, Failed):
             raise self._error(answer)
         return answer
+
+    def compute(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        *,
+        kind: Any,
+        folder: Path,
+        progress: Progress | None = None,
+    ) -> Any:
+        """What ``package.module:function`` gives, called in the process; it comes back by a file in ``folder``.
+
+        ``arguments`` and the result, which is of type ``kind``, are what JSON can hold.
+        """
+        out = folder / f"computed-{uuid.uuid4().hex[:8]}.json"
+        try:
+            self.ask(Compute(target, dict(arguments), str(out.absolute())), progress=progress)
+            return msgspec.json.decode(out.read_bytes(), type=kind)
+        finally:
+            out.unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:
