@@ -22,7 +22,7 @@ from paritykit.engines.process import HostPool, HostProcess, ProcessEngine
 from paritykit.engines.vllm.limits import check_parallel
 from paritykit.errors import UnknownNameError, UsageError
 from paritykit.floor_file import FloorFile, floor_of
-from paritykit.machine import cores, free_memory
+from paritykit.machine import cores, free_memory, threads
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import cases_for, resolve_model
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
@@ -80,6 +80,7 @@ class Plan:
             explain=self.explain,
             local=self.local,
             together=self.fits_together(),
+            beside=2 * threads() <= len(cores()),
         )
 
     def fits_together(self) -> bool:

@@ -84,14 +84,15 @@ class Replays:
     def explain_all(self, findings: list[Finding], *, cases: Sequence[str]) -> list[Finding]:
         """``findings`` with the local error of every point of these cases, from one run, if the engine can replay.
 
-        What is wrong on the reference's own values fails, though what it was handed in the free run hides it. Raises
-        EngineError if the engine did not run.
+        They run without the others that were in a batch with them. What is wrong on the reference's own values fails,
+        though what it was handed in the free run hides it. Raises EngineError if the engine did not run.
         """
         if "replay" not in self._engine.capabilities:
             return findings
         key = tuple(cases)
         if key not in self._everywhere:
-            self._everywhere[key] = self._descent(cases, []).replay_all()
+            todo = [self._subject.candidate.cases[c] for c in cases]
+            self._everywhere[key] = self._descent(cases, [], todo=todo).replay_all()
         return [expose(f) for f in refine(findings, self._everywhere[key])]
 
     def _read_anew(self, doubted: Collection[str], cases: Sequence[str]) -> list[str]:
@@ -107,9 +108,10 @@ class Replays:
         self._rules = {r.reference: r for r in self._subject.mapping.rules}
         return found
 
-    def _descent(self, cases: Sequence[str], free: Iterable[Finding]) -> Descent:
+    def _descent(self, cases: Sequence[str], free: Iterable[Finding], *, todo: list[Case] | None = None) -> Descent:
+        """Of these cases, which run with their neighbours, or as ``todo`` has them."""
         graph = self._subject.graph
-        todo = with_neighbours(self._subject.candidate, cases)
+        todo = todo or with_neighbours(self._subject.candidate, cases)
         return Descent(
             graph=graph,
             tree=Tree(self._subject.reference.manifest),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -65,7 +66,7 @@ class Session:
     Use as a context manager: engines are closed and temporary captures removed on leaving it. ``vary`` makes the
     candidate with other arguments; ``closing`` is called last. With ``explain`` modules are replayed where a case
     fails, with ``local`` in every case: where it is None in the shortest, if none fails. With ``together`` the
-    candidate's process starts while the reference runs.
+    candidate's process starts while the truth is computed, with ``beside`` it also runs while twin and draws are.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class Session:
         explain: bool = True,
         local: bool | None = None,
         together: bool = False,
+        beside: bool = False,
     ) -> None:
         self._local = local
         self._together = together and isinstance(candidate, ProcessEngine)
+        self._beside = beside
         self._closing = closing
         self._explain = explain
         self._checkpoint = checkpoint
@@ -108,6 +111,8 @@ class Session:
             keep=self._together and (explain or bool(local)),
         )
         self._opened = False
+        self._frees = False
+        self._ran: Capture | None = None
         self._free: dict[str, list[int]] | None = None
         self.notes: list[str] = []
 
@@ -137,8 +142,40 @@ class Session:
     @cached_property
     def candidate(self) -> Capture:
         """The candidate's capture, fed the reference's tokens."""
+        return self._ran or self._run_forced(self._progress)
+
+    @contextmanager
+    def _meanwhile(self) -> Iterator[None]:
+        """The candidate runs while the context does what needs the reference's process, where both have cores.
+
+        Raises EngineError if the candidate did not run.
+        """
+        if not (self._together and self._beside and isinstance(self._candidate, ProcessEngine)):
+            yield
+            return
+        _ = self.reference
+        self._opened_candidate()
+        with ThreadPoolExecutor(1) as pool:
+            ran = pool.submit(self._run_both)
+            try:
+                yield
+            except BaseException:
+                self._candidate.host.kill()  # which ends the other's wait
+                raise
+            self._say(f"waiting for {getattr(self._candidate, 'name', 'candidate')}")
+        self._ran, self._free = ran.result()
+
+    def _run_both(self) -> tuple[Capture, dict[str, list[int]] | None]:
+        """The runs that need nothing but the truth's tokens, without a word: another speaks meanwhile."""
+        return self._run_forced(None), self._run_free(None) if self._frees else None
+
+    def _run_forced(self, progress: Progress | None) -> Capture:
         forced = [c.force(self.reference.continuation(c.id)) for c in self._cases]
-        return self._run(forced, "candidate", points=None)
+        return self._run(forced, "candidate", points=None, progress=progress)
+
+    def _run_free(self, progress: Progress | None) -> dict[str, list[int]]:
+        capture = self._run(self._cases, "free", points=[], progress=progress)
+        return {c.id: capture.generated(c.id) for c in self._cases}
 
     @property
     def chosen_freely(self) -> dict[str, list[int]] | None:
@@ -148,14 +185,14 @@ class Session:
     def free_tokens(self) -> dict[str, list[int]]:
         """What the candidate chooses when left alone, by case id; runs it once more, without recording."""
         if self._free is None:
-            capture = self._run(self._cases, "free", points=[])
-            self._free = {c.id: capture.generated(c.id) for c in self._cases}
+            self._free = self._run_free(self._progress)
         return self._free
 
     @cached_property
     def subject(self) -> Subject:
         """What checks look at. Raises UsageError for a rule of the user's that fits nothing."""
-        twin = self._reference.twin_capture
+        with self._meanwhile():
+            twin = self._reference.twin_capture
         mapping = build_mapping(self.reference.manifest, self.candidate.manifest, user=self._rules)
         self._reference.cache = small_cache(self.candidate.manifest)
         return Subject(
@@ -185,6 +222,7 @@ class Session:
         cased = [c.name for c in loaded if isinstance(c, Check)]
         if cased:
             self._begin()
+        self._frees = "tokens" in names
         subject = self.subject if cased else None
         answers = [self.answer(c) for c in loaded if isinstance(c, ModelCheck)]
         answers += [self.examine(c) for c in loaded if isinstance(c, ReferenceCheck)]
@@ -388,10 +426,9 @@ class Session:
             self._starts["candidate"] = 1
         return self._candidate
 
-    def _run(self, cases: list[Case], name: str, *, points: list[str] | None) -> Capture:
-        return self._opened_candidate().run(
-            cases, points=Selection(points), out=Path(self._folder.name) / name, progress=self._progress
-        )
+    def _run(self, cases: list[Case], name: str, *, points: list[str] | None, progress: Progress | None) -> Capture:
+        out = Path(self._folder.name) / name
+        return self._opened_candidate().run(cases, points=Selection(points), out=out, progress=progress)
 
     def _say(self, what: str) -> None:
         if self._progress:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from paritykit.captures.feed import Feed, Fill
 from paritykit.captures.manifest import Segment
@@ -73,12 +74,13 @@ class Feeder:
         fills = self._fills.get(key)
         if fills is None:
             return None
-        new = tensor.detach().clone()
-        shown = rows(new, key)
-        if shown is None or shown.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-            self._short.add(key)
-            return None
-        self._fill(key, fills, shown)
+        with _disable_current_modes():  # what is fed is no part of what a mode watches
+            new = tensor.detach().clone()
+            shown = rows(new, key)
+            if shown is None or shown.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                self._short.add(key)
+                return None
+            self._fill(key, fills, shown)
         self._seen.add(key)
         return new
 
@@ -91,25 +93,32 @@ class Feeder:
         flat = shown.reshape(len(shown), -1)
         if len(flat) != sum(s.length for s in self._segments) or flat.shape[1] < max(f.start + f.length for f in fills):
             raise ValueError(f"{key}: rows of {list(shown.shape)} are not those it is to be fed")
-        row = 0
+        row, known = 0, dict[tuple[str, int, int, int], tuple[list[int], torch.Tensor | None]]()
         for segment in self._segments:
             rows = flat[row : row + segment.length]
             for fill in fills:
-                self._copy(key, fill, segment, rows[:, fill.start : fill.start + fill.length])
+                which = fill.source, segment.case, segment.start, segment.length
+                if which not in known:  # draws hold one case many times
+                    known[which] = self._source(fill.source, segment)
+                places, source = known[which]
+                if source is not None:
+                    columns = source[:, fill.first : fill.first + fill.length].to(rows.device, rows.dtype)
+                    rows[places, fill.start : fill.start + fill.length] = columns
+                if len(places) != segment.length:
+                    self._short.add(key)
             row += segment.length
         if flat.data_ptr() != shown.data_ptr():
             shown.copy_(flat.view(shown.shape))
 
-    def _copy(self, key: str, fill: Fill, segment: Segment, target: torch.Tensor) -> None:
-        """Fill ``target``, ``[positions of the segment, columns]``; what the other capture lacks stays."""
-        found = 0
-        for span in self._capture.spans(self._capture.point(fill.source), self._cases[segment.case]):
+    def _source(self, source: str, segment: Segment) -> tuple[list[int], torch.Tensor | None]:
+        """The rows of a segment that the other capture's point has, ``[count, columns]``, and which they are."""
+        places: list[int] = []
+        parts = []
+        for span in self._capture.spans(self._capture.point(source), self._cases[segment.case]):
             low = max(span.position, segment.start)
             count = min(span.position + span.length, segment.start + segment.length) - low
             if count > 0:
                 part = self._capture.part(span.piece, span.row + low - span.position, count)
-                columns = part.reshape(count, -1)[:, fill.first : fill.first + fill.length]
-                target[low - segment.start : low - segment.start + count] = columns.to(target.device, target.dtype)
-                found += count
-        if found != segment.length:
-            self._short.add(key)
+                parts.append(part.reshape(count, -1))
+                places += range(low - segment.start, low - segment.start + count)
+        return places, torch.cat(parts) if parts else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,11 @@ from paritykit.comparison.noise import LEAST_CHANNEL, LEAST_ROW, Floats, Noise, 
 from paritykit.comparison.precision import shared_precision
 
 STRETCH = 1 << 17
-"""Elements of a tile on CPU: three tensors and two scratch rooms of it stay in the cache."""
-DEVICE_TILE = 1 << 24
+"""Elements that are worth a thread."""
+TILE, DEVICE_TILE = 1 << 20, 1 << 24
+"""Elements of all sides that are measured at once: fewer cost more calls, more leave the cache."""
+LEAST_ROWS = 8
+"""Rows of a tile at least: sums over one row alone, of all channels, cost as much as those over several."""
 TRUSTED = 1e-26
 """A row's sum of squares below it may have lost terms that are no float32."""
 
@@ -32,7 +35,7 @@ class SpreadMeter:
         if truth.ndim != 2 or not truth.shape == twin.shape == candidate.shape:
             shapes = ", ".join(str(list(x.shape)) for x in (truth, twin, candidate))
             raise ValueError(f"truth, twin and candidate must be [rows, features] of one shape, not {shapes}")
-        self._found += sums_of(truth, twin, candidate)
+        self._found += sums_of(truth, [twin, candidate])
 
     def result(self) -> Noise:
         """What is known of everything fed so far. Raises ValueError where not one element was fed."""
@@ -44,29 +47,35 @@ class SpreadMeter:
 
 
 class Sums:
-    """Sums over some rows, and for each row: the truth's squares, then for twin and candidate squares of the error and
-    its dots with the truth. ``columns`` also hold, last for each side, plain sums of the error.
+    """Sums over some rows, and for each row: the truth's squares, then for each side squares of the error and its dots
+    with the truth. ``columns`` also hold, last for each side, plain sums of the error.
     """
 
-    def __init__(self, height: int, width: int) -> None:
-        self.rows: Floats = np.zeros((5, height))
-        self.columns: Floats = np.zeros((7, width))
+    def __init__(self, height: int, width: int, *, sides: int) -> None:
+        self.rows: Floats = np.zeros((1 + 2 * sides, height))
+        self.columns: Floats = np.zeros((1 + 3 * sides, width))
 
 
-def sums_of(truth: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> list[Sums]:
-    """The sums of two sides against the truth, ``[rows, features]`` each, part of the rows by part."""
+def sums_of(truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]) -> list[Sums]:
+    """The sums of all ``sides`` against the truth, ``[rows, features]`` each, part of the rows by part."""
+
+    def some(rows: slice) -> torch.Tensor | list[torch.Tensor]:
+        return sides[:, rows] if isinstance(sides, torch.Tensor) else [x[rows] for x in sides]
+
     parts = _parts(truth)
-    return run_lanes([partial(_sums, truth[p], left[p], right[p]) for p in parts]) if parts else []
+    return run_lanes([partial(_sums, truth[p], some(p)) for p in parts]) if parts else []
 
 
 @torch.inference_mode()
-def _sums(truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor) -> Sums:
-    found = Sums(*truth.shape)
-    narrow = all(shared_precision(truth.dtype, x.dtype).work == torch.float32 for x in (twin, candidate))
+def _sums(truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]) -> Sums:
+    count = len(sides)
+    found = Sums(*truth.shape, sides=count)
+    narrow = all(shared_precision(truth.dtype, x.dtype).work == torch.float32 for x in sides)
     desk = _Desk(torch.float32 if narrow else torch.float64, truth.device)
-    for row, column in _tiles(truth):
-        sides = [x[row, column] for x in (truth, twin, candidate)]
-        part = desk.measure(*sides) or _Desk(torch.float64, truth.device).measure(*_finite(sides), trust=True)
+    for row, column in _tiles(truth, sides=count):
+        own = truth[row, column]
+        some = sides[:, row, column] if isinstance(sides, torch.Tensor) else [x[row, column] for x in sides]
+        part = desk.measure(own, some) or _Desk(torch.float64, truth.device).measure(*_finite(own, some), trust=True)
         assert part is not None
         found.rows[:, row] += part[0]
         found.columns[:, column] += part[1]
@@ -79,52 +88,61 @@ class _Desk:
     def __init__(self, work: torch.dtype, device: torch.device) -> None:
         self._work, self._device = work, device
         self._rooms: dict[tuple[str, torch.Size], torch.Tensor] = {}
-        self._ones: dict[int, torch.Tensor] = {}
 
     def measure(
-        self, truth: torch.Tensor, twin: torch.Tensor, candidate: torch.Tensor, *, trust: bool = False
+        self, truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor], *, trust: bool = False
     ) -> tuple[Floats, Floats] | None:
-        """Row sums ``[5, rows]`` and column sums ``[7, features]``; None where one of them cannot be trusted."""
-        t = truth if truth.dtype == self._work else self._room("truth", truth).copy_(truth)
-        product = self._room("product", truth)
-        torch.mul(t, t, out=product)
-        rows, columns = [self._total(product, along=True)], [self._total(product, along=False)]
-        for side in (twin, candidate):
-            error = self._room("error", truth).copy_(side).sub_(t)
-            plain = self._total(error, along=False)
-            torch.mul(error, t, out=product)
-            dots = self._total(product, along=True), self._total(product, along=False)
-            torch.mul(error, error, out=product)
-            rows += [self._total(product, along=True), dots[0]]
-            columns += [self._total(product, along=False), dots[1], plain]
-        found = tuple(torch.stack(x).to(torch.float64).cpu().numpy() for x in (rows, columns))
-        if not (trust or self._holds(*found)):
+        """Row sums ``[1 + 2 * sides, rows]`` and column sums ``[1 + 3 * sides, features]``.
+
+        None where one of them cannot be trusted.
+        """
+        shape = torch.Size((len(sides), *truth.shape))
+        t = truth if truth.dtype == self._work else self._room("truth", truth.shape).copy_(truth)
+        error, product = self._room("error", shape), self._room("product", shape)
+        if isinstance(sides, torch.Tensor):
+            error.copy_(sides)
+        else:
+            for own, side in zip(error, sides, strict=True):
+                own.copy_(side)
+        error.sub_(t)
+        squared = torch.mul(t, t, out=product[0])
+        rows, columns = [squared.sum(1)[None]], [squared.sum(0)[None]]
+        plain = error.sum(1)
+        torch.mul(error, t, out=product)
+        dots = product.sum(2), product.sum(1)
+        torch.mul(error, error, out=product)
+        squares = product.sum(2), product.sum(1)
+        if not trust and self._lost(t, error, torch.cat([*rows, squares[0]])):
+            return None
+        rows.append(torch.stack((squares[0], dots[0]), 1).flatten(0, 1))
+        columns.append(torch.stack((squares[1], dots[1], plain), 1).flatten(0, 1))
+        found = tuple(torch.cat(x).to(torch.float64).cpu().numpy() for x in (rows, columns))
+        if not trust and not all(np.isfinite(x).all() for x in found):
             return None
         return found[0], found[1]
 
-    def _holds(self, rows: Floats, columns: Floats) -> bool:
-        lost = self._work == torch.float32 and bool((rows[[0, 1, 3]] < TRUSTED).any())
-        return not lost and bool(np.isfinite(rows).all() and np.isfinite(columns).all())
+    def _lost(self, truth: torch.Tensor, error: torch.Tensor, squares: torch.Tensor) -> bool:
+        """Whether a row's sum of squares, of the truth or of a side, is that of numbers too small to be squared."""
+        if self._work != torch.float32 or not bool((squares < TRUSTED).any()):
+            return False
+        largest = torch.cat([truth.abs().amax(1)[None], error.abs().amax(2)])
+        return bool(((squares < TRUSTED) & (largest > 0)).any())
 
-    def _total(self, tensor: torch.Tensor, *, along: bool) -> torch.Tensor:
-        """The sum of each row (``along``) or of each column: as a product with ones, which is faster."""
-        length = tensor.shape[1 if along else 0]
-        if length not in self._ones:
-            self._ones[length] = torch.ones(length, dtype=self._work, device=self._device)
-        return torch.mv(tensor if along else tensor.t(), self._ones[length])
-
-    def _room(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        key = (name, like.shape)
+    def _room(self, name: str, shape: torch.Size) -> torch.Tensor:
+        key = (name, shape)
         if key not in self._rooms:
-            self._rooms[key] = torch.empty(like.shape, dtype=self._work, device=self._device)
+            self._rooms[key] = torch.empty(shape, dtype=self._work, device=self._device)
         return self._rooms[key]
 
 
-def _finite(sides: list[torch.Tensor]) -> list[torch.Tensor]:
+def _finite(
+    truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Float64 copies, with zeros wherever one of them is not finite."""
-    wide = [x.to(torch.float64, copy=True) for x in sides]
+    wide = [x.to(torch.float64, copy=True) for x in (truth, *sides)]
     bad = ~torch.stack([x.isfinite() for x in wide]).all(0)
-    return [x.masked_fill_(bad, 0.0) for x in wide]
+    own, *others = (x.masked_fill_(bad, 0.0) for x in wide)
+    return own, others
 
 
 def _parts(tensor: torch.Tensor) -> list[slice]:
@@ -135,13 +153,13 @@ def _parts(tensor: torch.Tensor) -> list[slice]:
     return [slice(first, first + height) for first in range(0, rows, height)]
 
 
-def _tiles(tensor: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _tiles(tensor: torch.Tensor, *, sides: int) -> Iterator[tuple[slice, slice]]:
     rows, features = tensor.shape
     if not rows * features:
         return
-    stretches = -(-features // STRETCH)
-    width = -(-features // stretches)
-    height = max(1, (STRETCH if tensor.device.type == "cpu" else DEVICE_TILE) // width)
+    room = (TILE if tensor.device.type == "cpu" else DEVICE_TILE) // sides
+    width = -(-features // -(-features // room))
+    height = max(LEAST_ROWS, room // width)
     for row in range(0, rows, height):
         for column in range(0, features, width):
             yield slice(row, min(row + height, rows)), slice(column, min(column + width, features))

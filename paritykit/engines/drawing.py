@@ -148,18 +148,12 @@ class _Copy:
 
 
 def _measured(truth: torch.Tensor, copies: torch.Tensor) -> list[_Copy]:
-    """The sums of every copy, two at a time, as a twin and a candidate are measured."""
-    found = []
-    for first in range(0, len(copies), 2):
-        second = min(first + 1, len(copies) - 1)
-        parts = sums_of(truth, copies[first], copies[second])
-        rows = np.concatenate([p.rows for p in parts], axis=1)
-        columns: Floats = np.sum([p.columns for p in parts], axis=0)
-        own = rows[0], columns[0]
-        found.append(_Copy(rows[1:3], columns[1:4], own))
-        if second > first:
-            found.append(_Copy(rows[3:5], columns[4:7], own))
-    return found
+    """The sums of every copy, as a twin and a candidate are measured."""
+    parts = sums_of(truth, copies)
+    rows = np.concatenate([p.rows for p in parts], axis=1)
+    columns: Floats = np.sum([p.columns for p in parts], axis=0)
+    own = rows[0], columns[0]
+    return [_Copy(rows[1 + 2 * n : 3 + 2 * n], columns[1 + 3 * n : 4 + 3 * n], own) for n in range(len(copies))]
 
 
 def _joined(copies: list[_Copy]) -> PointDraws:

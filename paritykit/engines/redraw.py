@@ -46,6 +46,9 @@ POOL = 1 << 22
 """Random numbers that are drawn once and used from a random place on each time: drawing them costs more than a product
 does."""
 
+KEPT = 2 << 30
+"""Bytes of weights in float32 that are kept from one product to the next: all of a model of half a billion numbers."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -77,6 +80,14 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
         self._pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._room = KEPT
+
+    def __exit__(self, *raised: Any) -> Any:
+        """Let go of weights, which may be others next time."""
+        self._weights.clear()
+        self._room = KEPT
+        return super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -133,11 +144,24 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _operand(self, tensor: torch.Tensor) -> torch.Tensor:
         """An operand in float32 at least, its rounding drawn anew; weights are what they are."""
+        if is_weight(tensor):
+            return tensor if tensor.dtype.itemsize >= 4 else self._widened(tensor)
         wide = tensor.to(torch.float32) if tensor.dtype.itemsize < 4 else tensor
-        if is_weight(tensor) or not tensor.numel():
+        if not tensor.numel():
             return wide
         unit = ROUNDING.get(str(tensor.dtype).removeprefix("torch."), 0.0)
         return torch.addcmul(wide, wide, self._noise(wide), value=AMPLITUDE * unit)
+
+    def _widened(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight in float32, the same for every product it is in."""
+        key = weight.data_ptr(), weight.shape, weight.stride(), weight.device
+        if key not in self._weights:
+            wide = weight.to(torch.float32)
+            self._room -= wide.nbytes
+            if self._room < 0:
+                return wide
+            self._weights[key] = wide
+        return self._weights[key]
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         """Numbers from -1 to 1, of the shape and dtype of ``like``."""
