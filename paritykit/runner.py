@@ -160,7 +160,7 @@ class Session:
             try:
                 yield
             except BaseException:
-                self._candidate.host.kill()  # which ends the other's wait
+                self._candidate.host.interrupt()
                 raise
             self._say(f"waiting for {getattr(self._candidate, 'name', 'candidate')}")
         self._ran, self._free = ran.result()

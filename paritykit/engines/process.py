@@ -129,6 +129,12 @@ class HostProcess:
         finally:
             self.kill()
 
+    def interrupt(self) -> None:
+        """End the whole process group while another thread waits for its answer: that thread sees it die."""
+        process = self._process
+        if process is not None:
+            end_group(process.pid)
+
     def kill(self) -> None:
         """End the whole process group, whatever it is doing."""
         if self._process is None:

@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_found_by_the_checks_that_must(
     ground: Ground, fault: Fault, name: str, tmp_path: Path
 ) -> None:
     made = trial(ground, fault, name)
-    folder = fault.damage(made.model, tmp_path / "damaged", layer=made.layer)
+    folder = fault.damage(made.model, tmp_path / fault.name, layer=made.layer)  # engines are known by their folder
     if "checkpoint" in fault.checks:
         assert audit_results(audit(folder), "model").summary.verdict == "fail"
     if "modules" in fault.checks:

@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from paritykit.audit import Audit, audit
 from paritykit.captures.recorder import Selection
 from paritykit.case import Case
 from paritykit.cli import execute
 from paritykit.engines.process import HostProcess, ProcessEngine
 from paritykit.errors import EngineError, UnknownNameError, UsageError
+from paritykit.plan import make_plan
+from paritykit.reference import Reference, Role
 from paritykit.runner import Session
 from paritykit.testing import tiny_model
 from tests.integration.own_engines import MARK
@@ -307,3 +311,54 @@ def test_a_reference_that_fails_ends_the_candidate_that_was_begun(mark: Path, tm
     with pytest.raises(EngineError, match="a defect of the factory"), session:
         session.results(["modules"])
     assert not candidate.host.running
+
+
+def test_a_twin_that_fails_ends_the_candidate_that_runs_beside_it(mark: Path, tmp_path: Path, model: str) -> None:
+    candidate, host = ProcessEngine(OWN + "stuck_running", model, {}), HostProcess()
+    reference = Reference(
+        truth=Role(engine=ProcessEngine("hf", model, {"dtype": "float32"}, host=host)),
+        twin=Role(engine=ProcessEngine(OWN + "defective", model, {}, host=host)),
+        host=host,
+    )
+    session = Session(reference=reference, candidate=candidate, cases=CASES, together=True, beside=True)
+    with pytest.raises(EngineError, match="a defect of the factory"), session:
+        session.results(["modules"])
+    assert not candidate.host.running
+    assert not host.running
+
+
+def test_a_candidate_that_dies_beside_the_twin_tells_so(mark: Path, model: str) -> None:
+    candidate, host = ProcessEngine(OWN + "dying", model, {}), HostProcess()
+    roles = [Role(engine=ProcessEngine("hf", model, {"dtype": d}, host=host)) for d in ("float32", "bfloat16")]
+    reference = Reference(truth=roles[0], twin=roles[1], host=host)
+    session = Session(reference=reference, candidate=candidate, cases=CASES, together=True, beside=True)
+    with pytest.raises(EngineError, match="no more memory for layer 3"), session:
+        session.results(["modules"])
+
+
+def test_a_run_beside_gives_what_one_after_the_other_does(model: str) -> None:
+    found = []
+    for beside in (False, True):
+        plan = make_plan(model, given={"candidate": "nano", "dtype": "float32", "cache": "off"}, case_names=["short"])
+        session = plan.open()
+        session._together, session._beside = True, beside
+        with session:
+            results = session.results(plan.checks)
+        found.append([(f.check, f.point, f.verdict, f.value, f.local and f.local.value) for f in results.findings])
+        assert results.summary.verdict == "pass"
+        assert results.run.starts == {"reference": 1, "twin": 1, "candidate": 1}
+    assert found[0] == found[1]
+    assert {check for check, *_ in found[0]} == set(plan.checks)
+
+
+def test_functions_are_called_where_the_engine_is(hosts: dict[str, HostProcess], tmp_path: Path, model: str) -> None:
+    said: list[str] = []
+    target, arguments = "paritykit.audit.run:audit", {"folder": model}
+    found = hosts["hf"].compute(
+        target, arguments, kind=Audit, folder=tmp_path, progress=lambda what, done, total: said.append(what)
+    )
+    assert msgspec.structs.replace(found, seconds=0.0) == msgspec.structs.replace(audit(model), seconds=0.0)
+    assert said
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="no_such_folder"):
+        hosts["hf"].compute(target, {"folder": "no_such_folder"}, kind=Audit, folder=tmp_path)

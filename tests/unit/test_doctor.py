@@ -207,6 +207,12 @@ def test_machine_facts(tmp_path: Path) -> None:
     assert machine.processor(tmp_path / "cpuinfo")["detail"].endswith("avx512f amx_bf16")
 
 
+@pytest.mark.parametrize(("told", "threads"), [("1", 1), ("3,2", 3), ("", None), ("0", None), ("many", None)])
+def test_threads_are_as_many_as_openmp_is_told(told: str, threads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert machine.threads() == (threads or len(machine.cores()))
+
+
 def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     free = machine.free_memory(tmp_path / "none")
     assert 0 < free <= psutil.virtual_memory().total

@@ -116,7 +116,7 @@ def stretches(draw: st.DrawFn) -> list[Segment]:
     for case, length in draw(st.permutations([(0, LENGTH), (1, 2)])):
         start = draw(st.integers(0, length - 1))
         found.append(Segment(case, start, draw(st.integers(1, length - start))))
-    return found[: draw(st.integers(1, 2))]
+    return found[: draw(st.integers(1, 2))] * draw(st.integers(1, 3))  # draws hold one case several times
 
 
 @given(stretches(), st.sampled_from(["[t,f]", "[1,t,f]", "[t,2,f/2]", "[t+pad,f]"]), st.booleans())
