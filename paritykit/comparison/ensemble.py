@@ -20,6 +20,8 @@ from paritykit.captures.feed import Feed
 from paritykit.comparison.noise import LEAST_ROW, Floats, scales_of, share_of
 from paritykit.errors import CaptureFormatError
 
+SAME = 1e-4
+"""Sums of squares are kept to about six digits: draws that are nearer than this are one draw."""
 RECIPE = 3
 """Version of the way roundings are drawn: part of the name under which an ensemble is kept."""
 INDEX, TENSORS = "ensemble.json", "ensemble.safetensors"
@@ -82,6 +84,11 @@ class PointDraws:
     def select(self, places: Sequence[int]) -> PointDraws:
         """The same of some positions; channels stay those of all."""
         return PointDraws(self.truth[places], self.squares[:, places], self.dots[:, places], self.channel, self.numbers)
+
+    @property
+    def differ(self) -> bool:
+        """Whether they do: where nothing before was a product, no rounding was drawn anew."""
+        return bool(np.ptp(self.squares, axis=0).max() > SAME * self.squares.max())
 
     @property
     def whole(self) -> Floats:

@@ -194,25 +194,6 @@ def test_what_is_added_to_a_product_is_no_part_of_its_sums(added: float) -> None
         assert (drawn[1] - drawn[0]).abs().max() <= 2 * 2**-24 * max(2 * added, drawn[0].abs().max().item())
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "pass"), (1.02, "fail")])
-def test_a_kernel_may_cut_what_it_stores(factor: float, verdict: str) -> None:
-    """Nothing is a product, so all draws are the twin; bfloat16 is the upper half of a float32."""
-    truth = sides(4)[0]
-    twin = truth.bfloat16().float()
-    cut = (factor * truth).view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)
-    meter = SpreadMeter()
-    meter.update(truth, twin, cut)
-    found = judge_floor(
-        measure(truth, cut),
-        meter.result(),
-        dtype="bfloat16",
-        factor=DRAWN_FACTOR,
-        draws=drawn(truth, *[twin] * DRAWS),
-        luck=LUCK,
-    )
-    assert found.verdict == verdict, found
-
-
 def test_a_row_that_stands_there_again_says_nothing_new() -> None:
     """A text of one token: where no rounding was drawn, all of its rows err alike."""
     row = torch.randn(FEATURES, generator=torch.Generator().manual_seed(0))
