@@ -34,7 +34,8 @@ from paritykit.records import explain_findings
 from paritykit.reference import ABOVE, Reference, Role
 from paritykit.replays import Replays
 from paritykit.results import Finding
-from paritykit.runner import Session, run_checks
+from paritykit.runner import run_checks
+from paritykit.session import Session
 from paritykit.testing import tiny_model
 from paritykit.testing.faults import find
 

@@ -17,7 +17,7 @@ from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.trial import Arguments
 from paritykit.models import cases_for
 from paritykit.results import Coverage, Finding
-from paritykit.runner import Session
+from paritykit.session import Session
 
 LONGEST, MARGIN = 200, 16
 """Longest prompt that is drawn, and the positions left after it."""

@@ -26,7 +26,7 @@ from paritykit.machine import cores, free_memory, threads
 from paritykit.mapping.user import UserRule, read_rules
 from paritykit.models import cases_for, resolve_model
 from paritykit.reference import ABOVE, PRECISION, Reference, Role
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.store import key_of, open_store
 
 COPIES = 10

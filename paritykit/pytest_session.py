@@ -29,7 +29,7 @@ from paritykit.reports.failure import failure_text
 from paritykit.reports.wording import SIDES, starts
 from paritykit.repro import command_of
 from paritykit.results import CaseInfo, Coverage, Finding, Results, WeightRow, read_jsonl, write_jsonl
-from paritykit.runner import Session
+from paritykit.session import Session
 
 T = TypeVar("T")
 

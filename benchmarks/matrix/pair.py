@@ -16,7 +16,7 @@ from paritykit.engines.process import HostProcess
 from paritykit.errors import EngineError, EngineMissingError, ParityError, UsageError
 from paritykit.plan import make_plan
 from paritykit.results import Results
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing.drawn.catalogue import BACKEND, class_names, find_class, vllm_classes
 
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")

@@ -18,7 +18,7 @@ from paritykit.engines.nano.engine import NanoEngine
 from paritykit.errors import UnknownNameError
 from paritykit.exploration import explore
 from paritykit.invariance.explore import PROFILES, Ground, Profile, find_profile, known_edges, smallest_failing
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing.faults import FAULTS
 from tests.faulty import homes, model_of
 from tests.nano import one_thread

@@ -16,7 +16,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
 from paritykit.results import Finding
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing import tiny_model
 from paritykit.testing.faults import FAULTS, Fault
 from tests.faulty import VOCABULARY, homes, model_of

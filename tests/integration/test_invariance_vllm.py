@@ -18,7 +18,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.process import HostProcess, ProcessEngine
 from paritykit.errors import UsageError
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing.faults import FAULTS, Fault, find, planted
 from tests.faulty import VOCABULARY, homes, model_of
 from tests.nano import one_thread

@@ -23,7 +23,7 @@ from paritykit.engines.process import HostProcess, ProcessEngine
 from paritykit.errors import EngineError, UnknownNameError, UsageError
 from paritykit.plan import make_plan
 from paritykit.reference import Reference, Role
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing import tiny_model
 from tests.integration.own_engines import MARK
 

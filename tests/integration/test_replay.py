@@ -24,7 +24,7 @@ from paritykit.errors import EngineError, UsageError
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.feeding import can_feed, make_feed
 from paritykit.replays import with_neighbours
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing import tiny_model
 from paritykit.testing.faults import FAULTS, Fault, find
 from tests.causes import strength_of

@@ -15,7 +15,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.hf import HFEngine
 from paritykit.engines.nano.engine import NanoEngine
 from paritykit.invariance.explore import Ground, Profile, smallest_failing
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing.faults import FAULTS
 from tests.faulty import VOCABULARY, homes, model_of
 from tests.nano import one_thread

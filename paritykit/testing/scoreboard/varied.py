@@ -12,7 +12,7 @@ from paritykit.engines.hf import HFEngine
 from paritykit.engines.process import HostPool
 from paritykit.reference import ABOVE, Reference, Role
 from paritykit.results import Results
-from paritykit.runner import Session
+from paritykit.session import Session
 from paritykit.testing.faults import find
 from paritykit.testing.scoreboard.ground import Ground
 from paritykit.testing.scoreboard.judges import judge_simply
