@@ -16,6 +16,7 @@ REPLAYED = {
 """Where a failure comes from, where its module was replayed."""
 EXPLAINED = "inherited (what is wrong is before or inside it)"
 ADDS_UP = "none: on the reference's own values every module is within tolerance, so small differences add up"
+NOT_ASKED = "not known: only what the model gives was compared; --check modules tells which module is wrong"
 LIMIT = 200
 
 
@@ -48,9 +49,10 @@ def culprits(results: Results) -> list[tuple[str, str]]:
     The same module of several layers is one. One line says so where modules were replayed and none is.
     """
     found, first = results.summary.culprits, results.summary.first_divergence
-    measured = any(f.local is not None and f.local.verdict != "error" for f in results.findings)
     if not found:
-        return [("culprits", ADDS_UP)] if measured and state(results) == "fail" else []
+        looked = {f.check for f in results.findings if f.local is not None and f.local.verdict != "error"}
+        text = ADDS_UP if "modules" in looked else NOT_ASKED
+        return [("culprits", text)] if looked and state(results) == "fail" else []
     groups = _alike([c for c in found if first is None or c.point != first.point])
     places = {(f.check, f.case, f.point): f for f in results.findings}
     names = [shorten(joined([c.point for c in group]), LIMIT) for group in groups]

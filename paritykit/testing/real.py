@@ -20,7 +20,7 @@ from typing import Any
 from paritykit.errors import EngineMissingError, UnknownNameError, UsageError
 from paritykit.testing.folders import empty_folder, is_complete, kept_folder, no_progress_bar, publish
 from paritykit.testing.named import REAL, split_name
-from paritykit.testing.transplants import FAMILIES, find_transplant, transplant
+from paritykit.testing.transplants import FAMILIES, find_transplant, transplant, transplanted_config
 
 RECIPE = 1
 """Version of the way checkpoints are made; part of the cache key."""
@@ -121,11 +121,24 @@ def build_named(name: str) -> Path:
 
     Raises as ``real_model`` does, and UsageError for a name that cannot be read or another field.
     """
+    model, fields = _read_name(name)
+    return real_model(model, **fields)
+
+
+def config_named(name: str) -> dict[str, Any]:
+    """The config of a named Llama, whose changed weights are not written for it. Raises as ``build_named`` does."""
+    model, fields = _read_name(name)
+    _check(model, fields)
+    layers = fields.get("num_hidden_layers")
+    return transplanted_config(real_model(model), fields.get("family", "llama"), num_hidden_layers=layers)
+
+
+def _read_name(name: str) -> tuple[str, dict[str, Any]]:
     model, fields = split_name(name, prefix=REAL)
     for field in fields:
         if field not in FIELDS:
             raise UnknownNameError(f"field of trained model {model!r}", field, FIELDS)
-    return real_model(model, **fields)
+    return model, fields
 
 
 def _check(name: str, changed: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,22 +151,25 @@ def transplant(source: Path, family: str, target: Path, *, num_hidden_layers: in
     another family, UsageError for a source that is no plain Llama in one file, a family that cannot have heads of that
     size, or more layers than there are.
     """
-    config = _read_config(source)
-    wanted = num_hidden_layers or config["num_hidden_layers"]
-    if not 0 < wanted <= config["num_hidden_layers"]:
-        raise UsageError(f"{source} has {config['num_hidden_layers']} layers, not {wanted}")
-    config["num_hidden_layers"] = wanted
-    kind = find_transplant(family)
+    config, kind = _cut_config(source, num_hidden_layers), find_transplant(family)
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
             shutil.copyfile(file, target / file.name)
-    if family == "llama":
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    else:
-        _write_config(config, kind, target)
+    _put_config(config, family, target)
+    wanted = config["num_hidden_layers"]
     tensors = {name: weight for name, weight in _read_weights(source).items() if _layer(name) < wanted}
     _write_weights(kind.rewrite(tensors, config), target)
+
+
+def transplanted_config(source: Path, family: str, *, num_hidden_layers: int | None = None) -> dict[str, Any]:
+    """The config that ``transplant`` writes, without its weights. Raises as ``transplant`` does."""
+    config = _cut_config(source, num_hidden_layers)
+    find_transplant(family)
+    with tempfile.TemporaryDirectory(prefix="paritykit-") as folder:
+        _put_config(config, family, Path(folder))
+        found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def find_transplant(family: str) -> Transplant:
@@ -178,6 +182,22 @@ def find_transplant(family: str) -> Transplant:
 def _layer(name: str) -> int:
     found = LAYER.match(name)
     return int(found[1]) if found else -1
+
+
+def _cut_config(source: Path, num_hidden_layers: int | None) -> dict[str, Any]:
+    """The config of the Llama with so many layers."""
+    config = _read_config(source)
+    wanted = num_hidden_layers or config["num_hidden_layers"]
+    if not 0 < wanted <= config["num_hidden_layers"]:
+        raise UsageError(f"{source} has {config['num_hidden_layers']} layers, not {wanted}")
+    return {**config, "num_hidden_layers": wanted}
+
+
+def _put_config(config: dict[str, Any], family: str, target: Path) -> None:
+    if family == "llama":
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        _write_config(config, find_transplant(family), target)
 
 
 def _read_config(source: Path) -> dict[str, Any]:

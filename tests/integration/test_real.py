@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paritykit.case import cases
 from paritykit.models import cases_for, resolve_model
 from paritykit.testing import TRANSPLANTS, real
+from paritykit.testing.real import SHORT
+from paritykit.testing.transplants import transplanted_config
 from tests.real import trained
 
 pytestmark = pytest.mark.xdist_group("real")
@@ -47,8 +50,8 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @cache
-def original() -> tuple[torch.Tensor, float]:
-    folder = trained("smollm2")
+def original(layers: int | None = None) -> tuple[torch.Tensor, float]:
+    folder = trained("smollm2", num_hidden_layers=layers)
     found = logits(folder, TEXT)
     return found, distance(found, logits(folder, TEXT, torch.float64))
 
@@ -76,20 +79,34 @@ def test_its_activations_are_those_of_a_trained_model() -> None:
     assert hidden.max(dim=1).values.argmax() == 0
 
 
-@pytest.mark.parametrize("family", [f if f in IN_CI else pytest.param(f, marks=pytest.mark.deep) for f in TRANSPLANTS])
-def test_a_transplant_computes_the_same(family: str) -> None:
-    before, error = original()
-    found = logits(trained("smollm2", family=family), TEXT)
+def transplants() -> list[Any]:
+    """A few of three layers; all of them, and whole, where time and room on a disk do not matter."""
+    found = [pytest.param(f, n, marks=pytest.mark.deep) for f in TRANSPLANTS for n in (None, SHORT)]
+    return [p for p in found if p.values not in [(f, SHORT) for f in IN_CI]] + [(f, SHORT) for f in IN_CI]
+
+
+@pytest.mark.parametrize(("family", "layers"), transplants())
+def test_a_transplant_computes_the_same(family: str, layers: int | None) -> None:
+    before, error = original(layers)
+    found = logits(trained("smollm2", family=family, num_hidden_layers=layers), TEXT)
     assert 1e-8 < error < 1e-4
     assert distance(found, before) <= SPREAD * error
     assert torch.equal(found.argmax(1), before.argmax(1))
 
 
+def test_the_config_of_a_transplant_is_known_without_its_weights() -> None:
+    for family in IN_CI:
+        known = transplanted_config(trained("smollm2"), family, num_hidden_layers=SHORT)
+        written = trained("smollm2", family=family, num_hidden_layers=SHORT) / "config.json"
+        assert known == json.loads(written.read_text())
+        assert real.config_named(f"real:smollm2,family={family},num_hidden_layers={SHORT}") == known
+
+
 def test_some_layers_are_another_model() -> None:
-    folder = resolve_model("real:smollm2,family=mistral,num_hidden_layers=3").path
-    assert folder == trained("smollm2", family="mistral", num_hidden_layers=3)
+    folder = resolve_model("real:smollm2,family=granite,num_hidden_layers=3").path
+    assert folder == trained("smollm2", family="granite", num_hidden_layers=3)
     config = json.loads((folder / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["architectures"]) == (3, ["MistralForCausalLM"])
+    assert (config["num_hidden_layers"], config["architectures"]) == (3, ["GraniteForCausalLM"])
     assert distance(logits(folder, TEXT), original()[0]) > 0.1
 
 

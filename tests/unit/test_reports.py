@@ -118,6 +118,14 @@ def test_a_replay_without_a_culprit_says_that_differences_add_up() -> None:
     assert told(runs.failing_run(), "culprits", "local", "also wrong") == []
 
 
+def test_logits_alone_say_nothing_of_modules() -> None:
+    none = runs.replayed_run(culprits=0)
+    given = [msgspec.structs.replace(f, check="logits") for f in none.findings]
+    assert told(msgspec.structs.replace(none, findings=given), "culprits") == [
+        "not known: only what the model gives was compared; --check modules tells which module is wrong"
+    ]
+
+
 def test_a_replay_that_failed_says_why() -> None:
     results = runs.failing_run()
     broken = [msgspec.structs.replace(f, local=Local(verdict="error", message="it died")) for f in results.findings]

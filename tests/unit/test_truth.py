@@ -165,9 +165,7 @@ def test_rotary_frequencies_are_made_anew_in_float64(run: Any, tmp_path: Path, k
     """At the start, and for the kinds that change with the length during the run."""
     fields, frequencies, scale = ROPES[kind]
     rope = {"rope_type": kind, "rope_theta": 5000.0, **fields}
-    model = tiny_model(
-        "llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=32, rope_parameters=rope
-    )
+    model = tiny_model("llama", tmp_path / kind, num_hidden_layers=1, max_position_embeddings=32, rope_parameters=rope)
     config = json.loads((model / "config.json").read_text())
     exact = Exact(model, "llama", frequencies=frequencies(config), scale=scale).run(TOKENS)
     assert max(errors(exact, run(model)).values()) < 1e-13

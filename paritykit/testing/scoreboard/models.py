@@ -14,7 +14,7 @@ from paritykit.testing.drawn.named import DRAWN
 from paritykit.testing.families import tiny_config
 from paritykit.testing.faults.table import Fault
 from paritykit.testing.names import folder_of
-from paritykit.testing.real import SHORTENED
+from paritykit.testing.real import SHORTENED, config_named
 
 LAYERS, VOCABULARY = 3, 499
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
@@ -48,6 +48,8 @@ def architectures() -> list[str]:
 
 def config_of(name: str) -> dict[str, Any]:
     """The config of the model of that name."""
+    if name in TRAINED:
+        return config_named(name)
     if name not in MODELS:
         return dict(Checkpoint.find(str(model_of(name))).config)
     family, overrides = MODELS[name]
