@@ -12,10 +12,7 @@ from paritykit.audit import Audit
 from paritykit.captures.reader import Capture
 from paritykit.case import Case
 from paritykit.checks import CHECKS
-from paritykit.checks.base import (
-    Check,
-    Subject,
-)
+from paritykit.checks.base import Check, Subject
 from paritykit.checks.checkpoint import answer_of
 from paritykit.comparison.ensemble import Draw, Ensemble
 from paritykit.comparison.policy import Policy, read_policies
@@ -36,6 +33,8 @@ from paritykit.records import assemble, case_infos, checkpoint_side, explain_fin
 from paritykit.registry import call_function
 from paritykit.reruns import Reruns
 from paritykit.results import Coverage, Finding, Results, Side
+
+LAYOUT = "paritykit.engines.layout:reference_layout"
 
 
 def run_checks(
@@ -78,11 +77,9 @@ def weight_subject(
 
     ``compute`` calls a function by its name, where transformers is imported: see ``Reference.compute``.
     """
-    layout: ReferenceLayout | None = None
     tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
-    if checkpoint is not None:
-        layout = compute("paritykit.engines.layout:reference_layout", {"folder": str(checkpoint.path)})
+    layout = compute(LAYOUT, {"folder": str(checkpoint.path)}) if checkpoint else None
     expected = expect(tensors, ledgers=ledgers, reference=layout, dtype=dtype, allowed=allowed)
     return WeightSubject(ledgers, expected)
 

@@ -75,8 +75,7 @@ class Ground:
         return next(key for key, found in self.engines.items() if found is engine)
 
     def run(self, engine: Any, cases: list[Case]) -> Capture:
-        out = self.folder / f"{next(self.numbers)}"
-        return let_go(engine.run(cases, points=Selection(), out=out), out)
+        return let_go(engine.run(cases, points=Selection(), out=self.folder / f"{next(self.numbers)}"))
 
     def reference(self, model: Path, cases: list[Case]) -> Capture:
         """What Hugging Face computes, and generates."""

@@ -168,9 +168,9 @@ class Capture:
         return table
 
 
-def let_go(capture: Capture, folder: Path) -> Capture:
-    """``capture``, whose temporary ``folder`` is removed when it is garbage-collected."""
-    weakref.finalize(capture, shutil.rmtree, folder, ignore_errors=True)
+def let_go(capture: Capture, folder: Path | None = None) -> Capture:
+    """``capture``, whose temporary ``folder``, its own if None, is removed when it is garbage-collected."""
+    weakref.finalize(capture, shutil.rmtree, folder or capture.path, ignore_errors=True)
     return capture
 
 

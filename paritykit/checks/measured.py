@@ -78,12 +78,13 @@ def _measured(subject: Subject, rule: Rule, case: str, places: list[int], *, che
         return measured, noise, judge_point(subject, rule, measured, noise, draws=draws, policy=policy)
 
     measured, noise, ruled = look()
-    if isinstance(ruled, Judged) and ruled.verdict == "fail" and draws is not None and not draws.differ:
+    undrawn = draws is not None and not draws.differ and is_half(dtypes[1])
+    if undrawn and isinstance(ruled, Judged) and ruled.verdict == "fail":
         lost = _cut(subject, rule, case, places, dtype=dtypes[1])
-        again = look(lost) if lost else (measured, noise, ruled)
-        if isinstance(again[2], Judged) and again[2].verdict == "pass":
-            source = f"{again[2].source}; {lost:.1g} of a unit in the last place put back, as a kernel cut it"
-            measured, noise, ruled = again[0], again[1], msgspec.structs.replace(again[2], source=source)
+        whole, around, again = look(lost)
+        if isinstance(again, Judged) and again.verdict == "pass":
+            source = f"{again.source}; {lost:.1g} of a unit in the last place put back, as a kernel cut it"
+            measured, noise, ruled = whole, around, msgspec.structs.replace(again, source=source)
     drawn = subject.local and draws is not None
     if depth is not None and not drawn and isinstance(ruled, Judged) and ruled.verdict == "pass":
         table = msgspec.structs.replace(allowed, source=f"fallback table, {coarser(dtypes)}, {depth} points on")
@@ -106,9 +107,7 @@ def _measured(subject: Subject, rule: Rule, case: str, places: list[int], *, che
 
 
 def _cut(subject: Subject, rule: Rule, case: str, places: list[int], *, dtype: str) -> float:
-    """Units in the last place that the candidate lost here by cutting; nothing in single precision."""
-    if not is_half(dtype):
-        return 0.0
+    """Units in the last place that the candidate lost here by cutting."""
     meter = CutMeter(getattr(torch, dtype))
     for _, left, right in pairs(rule, subject.reference, subject.candidate, case, only=places):
         meter.update(left, right)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from paritykit.comparison.precision import last_place
+
 MOST = 1.0
 """Units in the last place that two cuts lose on average; of more than that something else is wrong."""
 PLAUSIBLE = 4.0
@@ -28,7 +30,7 @@ class CutMeter:
     def update(self, truth: torch.Tensor, candidate: torch.Tensor) -> None:
         """Measure more rows of one shape."""
         wide = truth.to(torch.float64)
-        unit = _unit(wide, self._dtype)
+        unit = last_place(wide, self._dtype)
         mantissa, lost = wide.abs() / unit, (wide - candidate.to(torch.float64)) * wide.sign() / unit
         kept = (wide != 0) & (lost.abs() <= PLAUSIBLE)
         x, y = mantissa[kept], lost[kept]
@@ -47,10 +49,4 @@ class CutMeter:
 def put_back(candidate: torch.Tensor, lost: float, dtype: torch.dtype) -> torch.Tensor:
     """``candidate`` in float64, each number larger by so many units in its last place in ``dtype``."""
     wide = candidate.to(torch.float64)
-    return wide + wide.sign() * lost * _unit(wide, dtype)
-
-
-def _unit(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The unit in the last place of each number, were it kept in ``dtype``; that of one for zero."""
-    _, exponent = torch.frexp(torch.where(wide == 0, torch.ones_like(wide), wide))
-    return torch.ldexp(torch.full_like(wide, torch.finfo(dtype).eps), exponent - 1)
+    return wide + wide.sign() * lost * last_place(wide, dtype)

@@ -38,8 +38,8 @@ TRUNCATED = 2 * 1.8
 """Some kernels of products cut what they store where others round it to nearest (vLLM's attention on a CPU without
 bfloat16 instructions, of shares and of outputs), which makes all of it smaller by half a unit in the last place each
 time: by 1.8 times the root mean square of one rounding. Where all tokens are alike that is an offset of each channel's
-own, and what is computed from it has factors and offsets of its rows and channels. Where
-no rounding was drawn a cut is told from a factor, see ``cutting``."""
+own, and what is computed from it has factors and offsets of its rows and channels. Where no rounding was drawn,
+a cut is told from a factor: see ``cutting``."""
 SAME_ROW = 1e-3
 """Rows whose squared errors differ by less than this share in every draw err as one: of a text that repeats one token
 they differ by 1e-4, since the truth rounds too."""

@@ -61,3 +61,9 @@ def _spacing(dtypes: set[torch.dtype]) -> tuple[float, float]:
 
 def _is_quantized(dtype: torch.dtype) -> bool:
     return dtype in {torch.qint8, torch.quint8, torch.qint32}
+
+
+def last_place(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The unit in the last place of each number, were it a normal one in ``dtype``; that of one for zero."""
+    _, exponent = torch.frexp(torch.where(numbers == 0, torch.ones_like(numbers), numbers))
+    return torch.ldexp(torch.full_like(numbers, torch.finfo(dtype).eps), exponent - 1)

@@ -56,25 +56,21 @@ class Sums:
         self.columns: Floats = np.zeros((1 + 3 * sides, width))
 
 
-def sums_of(truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]) -> list[Sums]:
+def sums_of(truth: torch.Tensor, sides: Sequence[torch.Tensor]) -> list[Sums]:
     """The sums of all ``sides`` against the truth, ``[rows, features]`` each, part of the rows by part."""
 
-    def some(rows: slice) -> torch.Tensor | list[torch.Tensor]:
-        return sides[:, rows] if isinstance(sides, torch.Tensor) else [x[rows] for x in sides]
-
     parts = _parts(truth)
-    return run_lanes([partial(_sums, truth[p], some(p)) for p in parts]) if parts else []
+    return run_lanes([partial(_sums, truth[p], [x[p] for x in sides]) for p in parts]) if parts else []
 
 
 @torch.inference_mode()
-def _sums(truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]) -> Sums:
+def _sums(truth: torch.Tensor, sides: Sequence[torch.Tensor]) -> Sums:
     count = len(sides)
     found = Sums(*truth.shape, sides=count)
     narrow = all(shared_precision(truth.dtype, x.dtype).work == torch.float32 for x in sides)
     desk = _Desk(torch.float32 if narrow else torch.float64, truth.device)
     for row, column in _tiles(truth, sides=count):
-        own = truth[row, column]
-        some = sides[:, row, column] if isinstance(sides, torch.Tensor) else [x[row, column] for x in sides]
+        own, some = truth[row, column], [x[row, column] for x in sides]
         part = desk.measure(own, some) or _Desk(torch.float64, truth.device).measure(*_finite(own, some), trust=True)
         assert part is not None
         found.rows[:, row] += part[0]
@@ -90,7 +86,7 @@ class _Desk:
         self._rooms: dict[tuple[str, torch.Size], torch.Tensor] = {}
 
     def measure(
-        self, truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor], *, trust: bool = False
+        self, truth: torch.Tensor, sides: Sequence[torch.Tensor], *, trust: bool = False
     ) -> tuple[Floats, Floats] | None:
         """Row sums ``[1 + 2 * sides, rows]`` and column sums ``[1 + 3 * sides, features]``.
 
@@ -99,11 +95,8 @@ class _Desk:
         shape = torch.Size((len(sides), *truth.shape))
         t = truth if truth.dtype == self._work else self._room("truth", truth.shape).copy_(truth)
         error, product = self._room("error", shape), self._room("product", shape)
-        if isinstance(sides, torch.Tensor):
-            error.copy_(sides)
-        else:
-            for own, side in zip(error, sides, strict=True):
-                own.copy_(side)
+        for own, side in zip(error, sides, strict=True):
+            own.copy_(side)
         error.sub_(t)
         squared = torch.mul(t, t, out=product[0])
         rows, columns = [squared.sum(1)[None]], [squared.sum(0)[None]]
@@ -135,9 +128,7 @@ class _Desk:
         return self._rooms[key]
 
 
-def _finite(
-    truth: torch.Tensor, sides: torch.Tensor | Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _finite(truth: torch.Tensor, sides: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Float64 copies, with zeros wherever one of them is not finite."""
     wide = [x.to(torch.float64, copy=True) for x in (truth, *sides)]
     bad = ~torch.stack([x.isfinite() for x in wide]).all(0)

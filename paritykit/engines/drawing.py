@@ -149,7 +149,7 @@ class _Copy:
 
 def _measured(truth: torch.Tensor, copies: torch.Tensor) -> list[_Copy]:
     """The sums of every copy, as a twin and a candidate are measured."""
-    parts = sums_of(truth, copies)
+    parts = sums_of(truth, copies.unbind())
     rows = np.concatenate([p.rows for p in parts], axis=1)
     columns: Floats = np.sum([p.columns for p in parts], axis=0)
     own = rows[0], columns[0]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from paritykit.comparison.precision import last_place
 from paritykit.comparison.tolerance import ROUNDING
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"})
@@ -81,12 +82,10 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
         self._pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._room = KEPT
 
     def __exit__(self, *raised: Any) -> Any:
         """Let go of weights, which may be others next time."""
         self._weights.clear()
-        self._room = KEPT
         return super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
@@ -124,10 +123,7 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def stored(numbers: torch.Tensor) -> torch.Tensor:
             wide = numbers.float()
-            _, exponent = torch.frexp(wide)
-            unit = torch.ldexp(torch.full_like(wide, info.eps), exponent - 1).clamp_(
-                min=info.smallest_normal * info.eps
-            )
+            unit = last_place(wide, dtype).clamp_(min=info.smallest_normal * info.eps)
             lost = unit.mul_(self._noise(wide).abs()).minimum(wide.abs())
             return (wide - wide.sign() * lost).to(numbers.dtype)
 
@@ -157,8 +153,7 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = weight.data_ptr(), weight.shape, weight.stride(), weight.device
         if key not in self._weights:
             wide = weight.to(torch.float32)
-            self._room -= wide.nbytes
-            if self._room < 0:
+            if wide.nbytes + sum(w.nbytes for w in self._weights.values()) > KEPT:
                 return wide
             self._weights[key] = wide
         return self._weights[key]

@@ -83,8 +83,7 @@ class Bench:
         try:
             if "ledger" in engine.capabilities:
                 self.ledgers[str(model)] = engine.ledger()
-            out = self._folder / f"{self._count}"
-            return let_go(engine.run(todo, points=Selection(), out=out), out)
+            return let_go(engine.run(todo, points=Selection(), out=self._folder / f"{self._count}"))
         finally:
             engine.close()
 

@@ -81,8 +81,9 @@ def test_its_activations_are_those_of_a_trained_model() -> None:
 
 def transplants() -> list[Any]:
     """A few of three layers; all of them, and whole, where time and room on a disk do not matter."""
-    found = [pytest.param(f, n, marks=pytest.mark.deep) for f in TRANSPLANTS for n in (None, SHORT)]
-    return [p for p in found if p.values not in [(f, SHORT) for f in IN_CI]] + [(f, SHORT) for f in IN_CI]
+    every = [(family, layers) for family in TRANSPLANTS for layers in (None, SHORT)]
+    quick = [(family, SHORT) for family in IN_CI]
+    return [pytest.param(*e, marks=[] if e in quick else [pytest.mark.deep]) for e in every]
 
 
 @pytest.mark.parametrize(("family", "layers"), transplants())

@@ -47,8 +47,7 @@ class Engines:
 
     def run(self, family: str, cases: list[Case], *, points: Any = None, **arguments: Any) -> Capture:
         engine = self.get(family, **arguments)
-        out = self._folder / f"{next(self._number)}"
-        return let_go(engine.run(cases, points=Selection(points), out=out), out)
+        return let_go(engine.run(cases, points=Selection(points), out=self._folder / f"{next(self._number)}"))
 
 
 @pytest.fixture(scope="module")

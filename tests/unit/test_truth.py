@@ -49,8 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Capture]:
         if key not in opened:
             opened[key] = HFEngine(str(model), dtype=dtype, **arguments)
             opened[key].open()
-        out = folder / str(next(number))
-        return let_go(opened[key].run(cases or [CASE], points=Selection(), out=out), out)
+        return let_go(opened[key].run(cases or [CASE], points=Selection(), out=folder / str(next(number))))
 
     return run_engine
 

@@ -89,8 +89,7 @@ class Ground:
 
     def run(self, engine: Any, cases: list[Case]) -> Capture:
         """All points of all cases, in a folder of its own, which goes with what is returned."""
-        out = self.scratch()
-        return let_go(engine.run(cases, points=Selection(), out=out), out)
+        return let_go(engine.run(cases, points=Selection(), out=self.scratch()))
 
     def sides(self, model: Path, *, dtype: str, cases: list[Case]) -> Sides:
         """The reference on these cases: one precision above ``dtype`` on its weights, and in ``dtype`` itself."""
