@@ -13,7 +13,7 @@ from paritykit.captures.manifest import Segment
 from paritykit.case import Case
 from paritykit.checks.base import Subject
 from paritykit.checks.measured import measure_point
-from paritykit.comparison.cutting import MOST, CutMeter, put_back
+from paritykit.comparison.cutting import CUTS, CutMeter, put_back
 from paritykit.comparison.ensemble import Ensemble, EnsembleWriter
 from paritykit.engines.drawing import _joined, _measured
 from paritykit.mapping.build import build_mapping
@@ -60,7 +60,7 @@ def test_a_factor_and_rounding_are_no_cut(seed: int, dtype: torch.dtype, factor:
     unit = 2 * (1 - factor) / torch.finfo(dtype).eps  # of the largest mantissa
     if unit < 3:
         assert lost(truth, (factor * truth).to(dtype)) < 0.2
-    assert 0.0 <= lost(truth, (factor * truth).to(dtype)) <= MOST
+    assert 0.0 <= lost(truth, (factor * truth).to(dtype)) <= CUTS[-1]
 
 
 def test_nothing_is_said_of_few_numbers_or_of_zeros() -> None:
@@ -70,11 +70,17 @@ def test_nothing_is_said_of_few_numbers_or_of_zeros() -> None:
     assert torch.equal(put_back(torch.zeros(3), 0.5, torch.bfloat16), torch.zeros(3, dtype=torch.float64))
 
 
-def judged(folder: Path, candidate: torch.Tensor) -> Finding:
+@given(st.integers(0, 10**6), HALVES)
+def test_few_numbers_tell_of_a_whole_cut_and_of_no_other(seed: int, dtype: torch.dtype) -> None:
+    few = numbers(seed)[:12, :16]
+    assert lost(few, cut(few, dtype)) in CUTS
+
+
+def judged(folder: Path, candidate: torch.Tensor, *, seed: int = 4) -> Finding:
     """Of a point that no draw differs at: nothing before it is a product."""
-    truth = numbers(4)
-    case = Case(id="a", tokens=tuple(range(ROWS)))
-    segments = [Segment(0, 0, ROWS)]
+    truth = numbers(seed)[: len(candidate), : candidate.shape[1]]
+    case = Case(id="a", tokens=tuple(range(len(candidate))))
+    segments = [Segment(0, 0, len(candidate))]
     twin = truth.bfloat16()
     sides = {"truth": truth, "twin": twin, "candidate": candidate}
     made = {n: write_capture(folder / n, [(segments, {"x": rows})], cases=[case]) for n, rows in sides.items()}
@@ -97,6 +103,13 @@ def test_a_kernel_may_cut_what_it_stores(tmp_path: Path) -> None:
     found = judged(tmp_path, cut(numbers(4), torch.bfloat16))
     assert found.verdict == "pass", found
     assert "put back, as a kernel cut it" in found.allowed_source
+
+
+def test_a_kernel_may_cut_the_few_numbers_of_a_short_case(tmp_path: Path) -> None:
+    for seed in range(12):
+        (tmp_path / str(seed)).mkdir()
+        found = judged(tmp_path / str(seed), cut(numbers(seed)[:12, :16], torch.bfloat16), seed=seed)
+        assert found.verdict == "pass", (seed, found)
 
 
 def test_a_factor_that_is_as_far_off_fails(tmp_path: Path) -> None:
