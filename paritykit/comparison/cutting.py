@@ -18,8 +18,8 @@ CUTS = (0.5, 1.0)
 """Units in the last place that one cut loses on average, and two; of more than that something else is wrong."""
 SURE = 5.0
 """Standard errors within which the line's height is taken for that of whole cuts: chance passes them once in 2e6. Few
-numbers tell little: 192 of them, a short case's keys in a small model, give the height to 0.23 of a unit, and what
-is put back by it would be a factor of 1.2e-3 itself."""
+numbers tell little: 192 that were cut give the height to 0.10 of a unit. Of tiny Gemma 3's keys in a short case, 879,
+vLLM on a CPU without bfloat16 instructions gave 0.17 with an error of 0.11; five such points are 0.17 to 0.60."""
 PLAUSIBLE = 4.0
 """Errors beyond so many units are not of storing: sums that cancel have larger ones."""
 LEAST = 64
@@ -56,8 +56,8 @@ class CutMeter:
         slope = (count * xy - x * y) / spread
         left = max(yy - height * y - slope * xy, 0.0) / (count - 2)
         error = math.sqrt(left * xx / spread)
-        found = min(CUTS, key=lambda cut: abs(cut - height))
-        return found if abs(found - height) <= SURE * error else min(max(height, 0.0), CUTS[-1])
+        whole = min(CUTS, key=lambda cut: abs(cut - height))
+        return whole if abs(whole - height) <= SURE * error else min(max(height, 0.0), CUTS[-1])
 
 
 def put_back(candidate: torch.Tensor, lost: float, dtype: torch.dtype) -> torch.Tensor:
