@@ -132,6 +132,7 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
 
     ``level`` is how deep the reference's values went: into ``layers``, ``blocks`` or ``leaves``. ``culprit``: beyond
     what is allowed, and nothing before or inside it explains that. Verdict ``error``, with ``message``: not measured.
+    ``noise_floor`` and ``needs`` are those of a finding.
     """
 
     verdict: Verdict
@@ -140,6 +141,8 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
     value: float | None = None
     allowed: float | None = None
     allowed_source: str = ""
+    noise_floor: float | None = None
+    needs: dict[str, float] = {}
     culprit: bool = False
     message: str = ""
 

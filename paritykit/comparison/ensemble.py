@@ -22,7 +22,7 @@ from paritykit.errors import CaptureFormatError
 
 SAME = 1e-4
 """Sums of squares are kept to about six digits: draws that are nearer than this are one draw."""
-RECIPE = 3
+RECIPE = 4
 """Version of the way roundings are drawn: part of the name under which an ensemble is kept."""
 INDEX, TENSORS = "ensemble.json", "ensemble.safetensors"
 PARTS = ("rows", "channel", "numbers")

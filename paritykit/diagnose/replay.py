@@ -187,6 +187,8 @@ def local_of(finding: Finding, *, level: str) -> Local:
         value=finding.value,
         allowed=finding.allowed,
         allowed_source=finding.allowed_source,
+        noise_floor=finding.noise_floor,
+        needs=finding.needs,
         message=finding.message,
     )
 
@@ -206,14 +208,21 @@ def _refined(finding: Finding, replayed: Replayed) -> Finding:
     if local is None:
         return finding
     culprit = blamed is not None
+    needs = _both(finding.needs, local.needs) if culprit else finding.needs
     origin = finding.origin if finding.verdict != "fail" else "introduced" if culprit else "inherited"
     return msgspec.structs.replace(
         finding,
         local=msgspec.structs.replace(local, culprit=culprit),
         slices=replayed.slices.get(place, []) if culprit else finding.slices,
+        needs=needs,
         origin=origin,
         located=blamed or finding.located,
     )
+
+
+def _both(needs: Mapping[str, float], local: Mapping[str, float]) -> dict[str, float]:
+    """What lets a point pass in the free run and on the reference's own values."""
+    return {name: max(value, local[name]) for name, value in needs.items() if name in local}
 
 
 def expose(finding: Finding) -> Finding:
@@ -230,6 +239,8 @@ def expose(finding: Finding) -> Finding:
         value=local.value,
         allowed=local.allowed,
         allowed_source=local.allowed_source,
+        noise_floor=local.noise_floor,
+        needs=local.needs,
         message="; ".join(filter(None, (finding.message, text))),
     )
 

@@ -22,7 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paritykit.comparison.precision import last_place
 from paritykit.comparison.tolerance import ROUNDING
 
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"})
+GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback"})
+"""Products of rows with a matrix for each group of them, as of tokens with their experts: torch's, and transformers'
+own where torch's cannot be had."""
+PRODUCTS = GROUPED | {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 """Torch's products of matrices; every other (linear, matmul, einsum, attention written out) is made of these."""
 TANGENT = "tanh"
 """In ``(e - 1 / e) / (e + 1 / e)`` both numbers round by up to one roundoff of one where they are near one, which is as
@@ -53,18 +56,26 @@ KEPT = 2 << 30
 
 @dataclass(frozen=True)
 class Product:
-    """Two factors, what is added to their product, and what both are multiplied with."""
+    """Two factors, what is added to their product, and what both are multiplied with.
+
+    With ``ends``, where each group of rows ends, ``right`` holds a matrix for each of them.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
-    added: torch.Tensor | None
-    scale: float
-    added_scale: float
+    added: torch.Tensor | None = None
+    scale: float = 1
+    added_scale: float = 1
+    ends: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, operands: Sequence[Any], kwargs: Mapping[str, Any]) -> Product:
+    def of(cls, name: str, operands: Sequence[Any], kwargs: Mapping[str, Any]) -> Product:
         """The product that an operation of torch's takes."""
-        *added, left, right = (a for a in operands if isinstance(a, torch.Tensor))
+        tensors = [a for a in operands if isinstance(a, torch.Tensor)]
+        if name in GROUPED:
+            left, right, *ends = tensors
+            return cls(left, right, ends=ends[0] if ends else kwargs.get("offs"))
+        *added, left, right = tensors
         return cls(left, right, added[0] if added else None, kwargs.get("alpha", 1), kwargs.get("beta", 1))
 
     def alone(self, found: torch.Tensor) -> torch.Tensor:
@@ -72,6 +83,16 @@ class Product:
         if self.added is None:
             return found.clone()
         return torch.sub(found, self.added, alpha=self.added_scale).nan_to_num_(0.0, 0.0, 0.0)
+
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of the squares of each row of the left factor, and of the column of the right one that it meets."""
+        left, right = self.left, self.right
+        rows = left.square().sum(-1, keepdim=left.ndim > 1 and right.ndim > 1)
+        columns = right.square().sum(-2 if right.ndim > 1 else 0, keepdim=right.ndim > 1 and self.ends is None)
+        if self.ends is None:
+            return rows, columns
+        group = torch.searchsorted(self.ends, torch.arange(len(left), device=left.device), right=True)
+        return rows, columns[group.clamp_(max=len(right) - 1)]
 
 
 class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,7 +125,7 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = [self._operand(a) if isinstance(a, torch.Tensor) else a for a in args]
         found = func(*operands, **(kwargs or {}))
         if dtype == torch.float32 and name != "convolution":  # its sums are short
-            found = self._summed(found, Product.of(operands, kwargs or {}))
+            found = self._summed(found, Product.of(name, operands, kwargs or {}))
         return found.to(dtype)
 
     def _tangent(self, found: torch.Tensor) -> torch.Tensor:
@@ -131,15 +152,15 @@ class Redrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _summed(self, found: torch.Tensor, call: Product) -> torch.Tensor:
         """A product in float32 with what its sums lose in their longest order."""
-        left, right, scale = call.left, call.right, call.scale
-        rows = left.square().sum(-1, keepdim=left.ndim > 1 and right.ndim > 1)
-        columns = right.square().sum(-2 if right.ndim > 1 else 0, keepdim=right.ndim > 1)
-        partial = call.alone(found).square_().mul_(left.shape[-1] / 3)
-        partial.addcmul_(rows, columns, value=scale**2 / 6).sqrt_()
+        rows, columns = call.squares()
+        partial = call.alone(found).square_().mul_(call.left.shape[-1] / 3)
+        partial.addcmul_(rows, columns, value=call.scale**2 / 6).sqrt_()
         return found.addcmul_(self._noise(found), partial, value=SUMMED * ROUNDING["float32"])
 
     def _operand(self, tensor: torch.Tensor) -> torch.Tensor:
         """An operand in float32 at least, its rounding drawn anew; weights are what they are."""
+        if not tensor.is_floating_point():
+            return tensor
         if is_weight(tensor):
             return tensor if tensor.dtype.itemsize >= 4 else self._widened(tensor)
         wide = tensor.to(torch.float32) if tensor.dtype.itemsize < 4 else tensor

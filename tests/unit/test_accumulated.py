@@ -86,8 +86,10 @@ def test_every_report_says_how_much_added_up_and_where() -> None:
 
 
 def test_what_the_free_run_hides_fails_by_its_local_error() -> None:
-    hidden = msgspec.structs.replace(CLEAN[0], local=Local(verdict="fail", metric="rel_l2", value=3.0, culprit=True))
+    local = Local(verdict="fail", metric="rel_l2", value=3.0, noise_floor=1.0, needs={"factor": 6.0}, culprit=True)
+    hidden = msgspec.structs.replace(CLEAN[0], local=local, noise_floor=2.0, needs={"factor": 1.1})
     found = expose(hidden)
+    assert (found.noise_floor, found.needs) == (1.0, {"factor": 6.0})
     assert (found.verdict, found.origin, found.metric, found.value) == ("fail", "introduced", "rel_l2", 3.0)
     assert "hides it" in found.message
     assert [expose(f) for f in CLEAN] == CLEAN

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401 an operation of its own
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -150,19 +151,22 @@ def in_order(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "length", "columns"), [(40, 576, 64), (2, 1536, 300), (64, 40, 64), (150, 64, 1)])
-@pytest.mark.parametrize("how", ["mm", "addmm", "bmm", "mv"])
+@pytest.mark.parametrize("how", ["mm", "addmm", "bmm", "mv", "grouped"])
 @pytest.mark.parametrize("mean", [0.0, 0.5], ids=["of both signs", "of one sign"])
 def test_sums_of_float32_are_drawn_as_large_as_in_their_longest_order(
     how: str, rows: int, length: int, columns: int, mean: float
 ) -> None:
     """Terms of one sign make partial sums that grow to the end."""
     torch.manual_seed(rows)
-    rows, columns = (max(rows, 300), 1) if how == "mv" else (rows, columns)
+    rows, columns = (max(rows, 300), 1) if how == "mv" else (rows, max(columns, 4) if how == "grouped" else columns)
     left, right = torch.randn(2, rows, length) + mean, torch.randn(2, length, columns) + mean
     if how == "bmm":
         call = lambda: left @ right  # noqa: E731
     elif how == "mv":
         call = lambda: torch.stack([torch.mv(a, b[:, 0]) for a, b in zip(left, right, strict=True)])[..., None]  # noqa: E731
+    elif how == "grouped":
+        ends = torch.tensor([rows, rows, 2 * rows], dtype=torch.int32)
+        call = lambda: nn.functional.grouped_mm(left.flatten(0, 1), right[[0, 0, 1]], offs=ends).view(2, rows, -1)  # noqa: E731
     else:
         zero = torch.zeros(columns)
         product = torch.mm if how == "mm" else lambda a, b: torch.addmm(zero, a, b)
@@ -179,6 +183,27 @@ def test_sums_of_float32_are_drawn_as_large_as_in_their_longest_order(
     serial = error(torch.stack([in_order(*x) for x in zip(left, right, strict=True)]))
     drawn = sum(map(error, found)) / 8
     assert 0.8 * serial < drawn < 1.7 * max(serial, error(call()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("op", [nn.functional.grouped_mm, torch.ops.transformers.grouped_mm_fallback])
+def test_products_in_groups_are_drawn_as_single_ones(op: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    """Groups of no row, of one and of many; rows after the last group's are not computed."""
+    torch.manual_seed(0)
+    sizes, right = [0, 1, 30, 9], nn.Parameter(torch.randn(4, 48, 256).transpose(1, 2).to(dtype))
+    left, ends = torch.randn(44, 256).to(dtype), torch.tensor(sizes).cumsum(0).to(torch.int32)
+    errors = []
+    with torch.no_grad():
+        truth = torch.cat([x.double() @ w.double() for x, w in zip(left[:40].split(sizes), right, strict=True)])
+        for seed in range(8):
+            with Redrawing(seed):
+                found = op(left, right, offs=ends)[:40]
+                single = torch.cat([x @ w for x, w in zip(left[:40].split(sizes), right, strict=True)])
+            assert found.dtype == dtype
+            errors.append([float((x.double() - truth).norm() / truth.norm()) for x in (found, single)])
+    assert len({e for e, _ in errors}) == 8
+    grouped, single = np.mean(errors, axis=0)
+    assert grouped == pytest.approx(single, rel=0.1)
 
 
 @pytest.mark.parametrize("added", [0.0, 1e4, float("-inf")])

@@ -218,16 +218,17 @@ def test_origins_follow_the_local_errors() -> None:
     free = [
         finding(keys[0], "pass", order=1),
         finding(keys[1], "fail", order=2, origin="introduced", located="elsewhere"),
-        finding(keys[2], "fail", order=3, origin="inherited"),
+        finding(keys[2], "fail", order=3, origin="inherited", needs={"factor": 3.0, "tolerance": 0.1}),
         finding("#mapping", "fail", order=4, origin="introduced"),
     ]
     local = {("a", k): Local(verdict="pass", level="blocks") for k in keys[:2]}
-    local["a", keys[2]] = Local(verdict="fail", level="blocks", value=0.5)
+    local["a", keys[2]] = Local(verdict="fail", level="blocks", value=0.5, needs={"factor": 30.0})
     found = refine(free, Replayed(local, {("a", keys[2]): keys[2]}))
     assert [f.origin for f in found] == [None, "inherited", "introduced", "introduced"]
     assert [f.located for f in found] == ["", "elsewhere", keys[2], ""]
     assert [f.local.culprit if f.local else None for f in found] == [False, False, True, None]
     assert [f.verdict for f in found] == ["pass", "fail", "fail", "fail"]
+    assert found[2].needs == {"factor": 30.0}, "it is to pass in both"
     assert [c.point for c in find_culprits(found)] == [keys[2]]
 
 
