@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
 
 from paritykit.audit import Audit
 from paritykit.captures.reader import Capture
@@ -22,7 +25,7 @@ from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
 from paritykit.ledger.expect import expect
-from paritykit.ledger.judge import judge_weights
+from paritykit.ledger.judge import judge_weights, lost_tensors
 from paritykit.ledger.subject import Allowed, ReferenceLayout, WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
@@ -35,6 +38,14 @@ from paritykit.reruns import Reruns
 from paritykit.results import Coverage, Finding, Results, Side
 
 LAYOUT = "paritykit.engines.layout:reference_layout"
+UNUSED = "paritykit.engines.unused:unused_tensors"
+
+
+class Compute(Protocol):
+    """Calls ``package.module:function`` and gives what it does, which is of type ``kind``."""
+
+    def __call__(self, target: str, arguments: Mapping[str, Any], *, kind: Any) -> Any:
+        """``arguments`` and the result are what JSON can hold."""
 
 
 def run_checks(
@@ -71,17 +82,32 @@ def weight_subject(
     *,
     dtype: str,
     allowed: list[Allowed] | None = None,
-    compute: Callable[[str, dict[str, str]], ReferenceLayout | None] = call_function,
+    compute: Compute | None = None,
 ) -> WeightSubject:
     """What the ledger looks at; where there is no checkpoint to read, the tensors are those the loader was handed.
 
     ``compute`` calls a function by its name, where transformers is imported: see ``Reference.compute``.
     """
+    asked = compute or _called
     tensors = {n: (tuple(s), checkpoint.dtypes[n]) for n, s in checkpoint.tensors.items()} if checkpoint else {}
     tensors = tensors or {n: (t.shape, t.dtype) for r in ledgers for n, t in r.found.tensors.items()}
-    layout = compute(LAYOUT, {"folder": str(checkpoint.path)}) if checkpoint else None
+    folder = {"folder": str(checkpoint.path)} if checkpoint else {}
+    layout = asked(LAYOUT, folder, kind=ReferenceLayout | None) if checkpoint else None
     expected = expect(tensors, ledgers=ledgers, reference=layout, dtype=dtype, allowed=allowed)
-    return WeightSubject(ledgers, expected)
+    subject = WeightSubject(ledgers, expected)
+    lost = lost_tensors(subject)
+    if layout is None or not lost:
+        return subject
+    unused = asked(UNUSED, folder | {"tensors": lost, "parameters": layout.parameters}, kind=list[str])
+    used = {tensor: parameter for tensor, parameter in layout.parameters.items() if tensor not in unused}
+    layout = msgspec.structs.replace(layout, parameters=used)
+    return WeightSubject(ledgers, msgspec.structs.replace(expected, reference=layout))
+
+
+def _called(target: str, arguments: Mapping[str, Any], *, kind: Any) -> Any:
+    """See ``Compute``: in this process."""
+    del kind
+    return call_function(target, arguments)
 
 
 def weight_results(ledgers: list[RankLedger], side: Side, checkpoint: Checkpoint | None) -> Results:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from paritykit.invariance.laboratory import Laboratory
 from paritykit.invariance.pool import EnginePool, Make
 from paritykit.ledger.expect import read_allowed
 from paritykit.ledger.judge import judge_weights
-from paritykit.ledger.subject import ReferenceLayout, WeightSubject
+from paritykit.ledger.subject import WeightSubject
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.notes import Ran, attempt, notes_of
@@ -388,8 +388,9 @@ class Session:
     def _weight_subject(self, engine: Any) -> WeightSubject:
         ledgers: list[RankLedger] = engine.ledger()
         dtype = engine.describe().dtype
-        compute = partial(self._reference.compute, kind=ReferenceLayout | None)
-        return weight_subject(ledgers, self._checkpoint, dtype=dtype, allowed=self._allowed, compute=compute)
+        return weight_subject(
+            ledgers, self._checkpoint, dtype=dtype, allowed=self._allowed, compute=self._reference.compute
+        )
 
     def _audit(self) -> Audit:
         assert self._checkpoint is not None

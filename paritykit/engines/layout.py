@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,22 +15,27 @@ from paritykit.engines.hf import quiet
 from paritykit.ledger.subject import ReferenceLayout
 
 
-def reference_layout(folder: str) -> ReferenceLayout | None:
-    """Where transformers puts each tensor of a checkpoint, and which axis is its output; None if it cannot build it."""
+def bare_model(folder: str) -> Any:
+    """The model of a checkpoint on the meta device, without a number; raises whatever its own code does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def reference_layout(folder: str) -> ReferenceLayout | None:
+    """Where transformers puts each tensor of a checkpoint, and which axis is its output; None if it cannot build it."""
     checkpoint = Checkpoint(Path(folder))
     try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(checkpoint.path)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = bare_model(folder)
     except Exception:  # a config class may refuse its own fields with any error
         return None
     names = list(checkpoint.tensors)
     own = model.state_dict()
     used = {t: p for t, p in parameter_names(model, names).items() if p in own}
     features = feature_axes(model, used)
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     embedding = _weight_of(model, model.get_input_embeddings(), used)
     head = _weight_of(model, model.get_output_embeddings(), used)
     lookups = [t for t, p in used.items() if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.Embedding)]

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import msgspec
 
+from paritykit.ledger.coverage import unread
 from paritykit.ledger.problem import Problem, on_rank, size_of
 from paritykit.ledger.problems import find_problems
 from paritykit.ledger.subject import WeightSubject
@@ -89,6 +90,12 @@ def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: 
         shape=list(shape),
         dtypes=(dtype, dtypes[0]) if dtype and dtypes else None,
     )
+
+
+def lost_tensors(subject: WeightSubject) -> list[str]:
+    """Tensors that arrived nowhere, though nothing so far says that it is meant to be."""
+    lost = [] if subject.errors else [p for p in unread(subject) if p.name not in subject.by_tensor]
+    return [p.name for p in lost if not allowed_reason(subject, p)]
 
 
 def allowed_reason(subject: WeightSubject, problem: Problem) -> str:
