@@ -12,13 +12,17 @@ import re
 import sysconfig
 import tempfile
 import time
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import NamedTuple
 
 import paritykit
 
 LIBRARIES = ("accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "transformers", "triton", "vllm")
-"""Packages that are not the user's, wherever they are installed."""
+"""Packages that are not the user's, wherever they are installed; nor is what these need."""
+NEEDED = re.compile(r"^[\w.-]+")
+"""The distribution that a requirement begins with."""
 FRAME = re.compile(r'^(?P<lead>.*?)File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+?)\s*$')
 BEGIN = "Traceback (most recent call last):"
 ADDED = re.compile(r"\n  (?:at|likely:|whole log:) ")
@@ -60,8 +64,28 @@ class Frame(NamedTuple):
         parts = path.parts
         installed = [n for n, part in enumerate(parts[:-1]) if part in ("site-packages", "dist-packages")]
         if installed:
-            return parts[installed[-1] + 1].removesuffix(".py") not in LIBRARIES
+            return parts[installed[-1] + 1].removesuffix(".py") not in libraries()
         return not any(path.is_relative_to(root) for root in (sysconfig.get_path("stdlib"),))
+
+
+@cache
+def libraries() -> frozenset[str]:
+    """``LIBRARIES`` and the packages that they need, where these are installed, by the names they import as."""
+    provided = packages_distributions()
+    left = [d for name in LIBRARIES for d in provided.get(name, ())]
+    found: set[str] = set()
+    while left:
+        name = _normal(left.pop())
+        if name not in found:
+            found.add(name)
+            with contextlib.suppress(PackageNotFoundError):
+                left += [m[0] for r in requires(name) or () if "extra ==" not in r and (m := NEEDED.match(r))]
+    needed = {top for top, sources in provided.items() if any(_normal(d) in found for d in sources)}
+    return frozenset(needed) | frozenset(LIBRARIES)
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def explain(log: str, *, message: str) -> str:

@@ -17,6 +17,11 @@ Stored = Callable[[torch.Tensor], torch.Tensor]
 """What a cache makes of the numbers that it is handed."""
 
 
+def is_cache(value: object) -> bool:
+    """Whether an argument is a KV cache of transformers', by what it can do: a mapping has no length in tokens."""
+    return not isinstance(value, torch.Tensor) and hasattr(value, "update") and hasattr(value, "get_seq_length")
+
+
 class CacheReading(FirstTensor):
     """Reads transformers' modules, and what attention modules hand to the KV cache, as soon as a hook fires after it.
 
@@ -32,10 +37,11 @@ class CacheReading(FirstTensor):
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Seen]:
         """What was cached since, then as always; a cache that is met for the first time is watched from now on."""
-        layer, cache = getattr(module, "layer_idx", None), kwargs.get("past_key_values")
+        layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int):
             self._entered[layer].append(module)  # the innermost module with a layer's number caches for it
-        if cache is not None and cache is not self._watched and hasattr(cache, "update"):
+        cache = next((a for a in (*kwargs.values(), *args) if is_cache(a)), None)  # some call it layer_past
+        if cache is not None and cache is not self._watched:
             self._watch(cache)
         yield from self._shown()
         yield from super().inputs(module, args, kwargs)

@@ -26,6 +26,7 @@ from paritykit.errors import EngineError
 from paritykit.mapping.build import NO_CACHE, build_mapping
 from paritykit.runner import compare_captures
 from paritykit.testing import tiny_model
+from paritykit.testing.drawn.model import drawn_model
 from tests.made import finding, manifest, write_capture
 
 KEY, VALUE = (f"attn#{port}" for port in CACHE_PORTS)
@@ -172,6 +173,19 @@ def test_transformers_shows_every_row_that_it_caches(gemma: HFEngine, tmp_path: 
     order, attention = list(capture), "model.layers.1.self_attn"
     wanted = [f"{attention}.v_proj", *(f"{attention}#{p}" for p in CACHE_PORTS), f"{attention}.o_proj#input", attention]
     assert sorted(wanted, key=order.index) == wanted
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "bloom", "falcon", "gptj", "codegen"])
+def test_a_cache_is_seen_whatever_a_model_calls_it(name: str, tmp_path: Path) -> None:
+    """These hand it on as ``layer_past``, and make it themselves on the first step."""
+    engine = HFEngine(str(drawn_model(name)))
+    engine.open()
+    capture = engine.run(
+        [Case(id="a", tokens=TOKENS[:7], new_tokens=3)], points=Selection(["*_cache"]), out=tmp_path / "a"
+    )
+    engine.close()
+    assert len(list(capture)) >= 4
+    assert {len(whole(capture, key)) for key in capture} == {9}
 
 
 def whole(capture: Capture, key: str) -> torch.Tensor:

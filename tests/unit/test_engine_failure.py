@@ -46,7 +46,12 @@ def test_the_last_traceback_with_such_a_frame() -> None:
     assert "model.py:57" in explain(log, message="")
 
 
-@pytest.mark.parametrize("frames", [LIBRARY, DEEPER, f'  File "{paritykit.__file__}", line 1, in x\n    y\n', ""])
+NEEDED = [f'  File "{SITE}/{f}", line 1, in x\n    y\n' for f in ("pydantic/main.py", "yaml/reader.py", "jinja2/x.py")]
+
+
+@pytest.mark.parametrize(
+    "frames", [LIBRARY, DEEPER, *NEEDED, f'  File "{paritykit.__file__}", line 1, in x\n    y\n', ""]
+)
 def test_no_frame_is_the_users(frames: str) -> None:
     assert not explain(f"{HEAD}{frames}ValueError: bad\n", message="")
 
@@ -112,3 +117,10 @@ def test_an_error_without_a_text_is_told_by_its_line() -> None:
         kept = error
     assert re.fullmatch(r'AssertionError: test_engine_failure.py:\d+: assert kind == "softmax"', first_reason(kept))
     assert first_reason(ValueError("no such size")) == "no such size"
+
+
+def test_a_line_without_end_is_cut() -> None:
+    told = first_reason(ValueError("unknown: " + "name, " * 5000))
+    assert told.startswith("unknown: name, name")
+    assert told.endswith(" ...")
+    assert len(told) < 500

@@ -44,6 +44,8 @@ START_ERRORS = (
     ArithmeticError,
 )  # fmt: skip
 """What a model's own code may raise, in vLLM's process."""
+LONGEST = 400
+"""Letters of a line of vLLM's that are told: some list all that it knows."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CONFIGURE_LOGGING": "1",
@@ -346,7 +348,8 @@ def import_vllm() -> Any:
 def first_reason(error: BaseException) -> str:
     """The first lines of an error's innermost cause: a validation error says what is wrong in its second.
 
-    One that says nothing is told by the line of code that raised it.
+    One that says nothing is told by the line of code that raised it, and long ones, such as of all the names that vLLM
+    knows, by their beginning: the whole is in the log.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -354,4 +357,5 @@ def first_reason(error: BaseException) -> str:
     plain = isinstance(error, RuntimeError | ValueError | OSError) and bool(lines)
     if not lines and (frames := traceback.extract_tb(error.__traceback__)):
         lines = [f"{Path(frames[-1].filename).name}:{frames[-1].lineno}", frames[-1].line or ""]
-    return ": ".join(([] if plain else [type(error).__name__]) + lines[:2])
+    told = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in lines[:2]]
+    return ": ".join(([] if plain else [type(error).__name__]) + told)
