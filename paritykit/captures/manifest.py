@@ -130,6 +130,11 @@ def split_key(key: str) -> tuple[str, str, int]:
     return module, port, int(call or 0)
 
 
+def within(module: str, scope: str) -> bool:
+    """Whether ``module`` is ``scope`` or lies under it; everything lies under the empty path."""
+    return not scope or module == scope or module.startswith(f"{scope}.")
+
+
 def leading_points(points: Iterable[Point]) -> dict[str, Point]:
     """The points by key, each as the lowest rank that has it recorded it, in order of execution.
 

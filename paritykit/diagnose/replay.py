@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from paritykit.captures.manifest import CACHE_PORTS, split_key
+from paritykit.captures.manifest import CACHE_PORTS, split_key, within
 from paritykit.diagnose.locate import Graph
 from paritykit.diagnose.tree import Tree
 from paritykit.results import Finding, Local, Slice
@@ -138,7 +138,7 @@ class Descent:
         module, port, _ = split_key(outer)
         scope = self._graph.around(module) if port == "input" else module
         inner, own, _ = split_key(point)
-        return _within(inner, scope) and (inner != scope or own in CACHE_PORTS) and point != outer
+        return within(inner, scope) and (inner != scope or own in CACHE_PORTS) and point != outer
 
     def _suspect(self, module: str, look: Look) -> bool:
         """Whether to look inside: it is beyond its limit, was not seen, or failed inside with nothing before it."""
@@ -173,7 +173,7 @@ class Descent:
         found = {}
         for s in self._suspicions:
             inner = (o for o in self._suspicions if o.level > s.level and o.place[0] == s.place[0])
-            if not (s.opened and any(_within(split_key(o.place[1])[0], s.blamed) for o in inner)):
+            if not (s.opened and any(within(split_key(o.place[1])[0], s.blamed) for o in inner)):
                 found[s.place] = s.blamed
         return found
 
@@ -252,7 +252,3 @@ def _cleared(origin: str, key: str, replaced: frozenset[str]) -> bool:
     """
     module, port, _ = split_key(origin)
     return origin in replaced and (not port or module == split_key(key)[0])
-
-
-def _within(module: str, scope: str) -> bool:
-    return module == scope or module.startswith(f"{scope}.")

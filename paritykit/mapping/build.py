@@ -14,6 +14,7 @@ from paritykit.captures.manifest import (
     module_ranks,
     point_key,
     split_key,
+    within,
 )
 from paritykit.errors import UsageError
 from paritykit.mapping.declared import Disagreement, ModuleMap, Place, longest_prefix, told
@@ -231,8 +232,3 @@ class _Builder:
 def _heads(point: Point) -> str:
     """The row of a cache in words."""
     return " x ".join(map(str, point.row))
-
-
-def within(module: str, scope: str) -> bool:
-    """Whether ``module`` is ``scope`` or lies under it; everything lies under the empty path."""
-    return not scope or module == scope or module.startswith(f"{scope}.")
