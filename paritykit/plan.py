@@ -86,8 +86,7 @@ class Plan:
     def fits_together(self) -> bool:
         """Whether memory and cores take both engines at once; one on an accelerator leaves no other room there."""
         on_cpu = str(self.reference_args.get("device", "cpu")) == "cpu"
-        files = sum(file.stat().st_size for file in self.checkpoint.weight_files)
-        return on_cpu and len(cores()) > 1 and COPIES * files + BESIDE < free_memory()
+        return on_cpu and len(cores()) > 1 and COPIES * self.checkpoint.size + BESIDE < free_memory()
 
     def varied_engine(self, arguments: dict[str, Any], *, hosts: HostPool) -> Any:
         """The candidate with these arguments in place of its own, not started. Raises UsageError.

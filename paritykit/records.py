@@ -15,6 +15,7 @@ import msgspec
 import paritykit
 from paritykit.checks.base import Subject
 from paritykit.config import Config, load_config
+from paritykit.diagnose.edits.ask import Ask
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import UsageError
 from paritykit.results import CaseInfo, Coverage, Finding, Results, Run, Side, WeightRow
@@ -87,12 +88,17 @@ def assemble(
 
 
 def explain_findings(
-    findings: list[Finding], *, subject: Subject | None, checkpoint: Checkpoint | None = None
+    findings: list[Finding],
+    *,
+    subject: Subject | None,
+    checkpoint: Checkpoint | None = None,
+    ask: Ask | None = None,
 ) -> list[Finding]:
     """``findings`` with the causes of the first points that differ, see ``paritykit.diagnose.explain``.
 
     Without ``checkpoint`` it is looked for where the reference says that its model is. Hypotheses that need a weight
-    are left out where there is none, as are those whose stand-in does not give the reference's numbers.
+    are left out where there is none, as are those whose stand-in does not give the reference's numbers. ``ask`` edits
+    the reference's code where none of them fits.
     """
     from paritykit.diagnose.explain import explain
     from paritykit.diagnose.known import named
@@ -110,6 +116,7 @@ def explain_findings(
         rules=subject.mapping.rules,
         config=source.text_config if source else None,
         read=TensorReader(source) if source else None,
+        ask=ask,
     )
 
 

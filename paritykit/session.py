@@ -31,6 +31,7 @@ from paritykit.checks.base import (
 from paritykit.checks.routing import idle_experts
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
+from paritykit.diagnose.edits.ask import SEARCH, EditFound, Question, to_arguments
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.process import ProcessEngine
@@ -40,6 +41,7 @@ from paritykit.invariance.pool import EnginePool, Make
 from paritykit.ledger.expect import read_allowed
 from paritykit.ledger.judge import judge_weights
 from paritykit.ledger.subject import WeightSubject
+from paritykit.machine import free_memory
 from paritykit.mapping.build import build_mapping
 from paritykit.mapping.user import UserRule
 from paritykit.notes import Ran, attempt, notes_of
@@ -51,6 +53,8 @@ from paritykit.results import Coverage, Finding, Results, Run, Side, Unmatched
 from paritykit.runner import policies_of, run_checks, weight_subject
 
 T = TypeVar("T")
+EDITED = 8
+"""Times its files, what a reference takes that is edited: in float64 four times bfloat16, and as much on its way."""
 
 
 class Session:
@@ -244,9 +248,27 @@ class Session:
         subject = self.subject if compared else None
         return self._attempt(
             "the diagnosis",
-            lambda: explain_findings(findings, subject=subject, checkpoint=self._checkpoint),
+            lambda: explain_findings(findings, subject=subject, checkpoint=self._checkpoint, ask=self._edited),
             findings,
         )
+
+    def _edited(self, question: Question) -> list[EditFound]:
+        """What edits of the reference's code make of it; nothing where the reference is no model of transformers."""
+        truth, none = self._reference.truth.engine, list[EditFound]()
+        if not isinstance(truth, ProcessEngine) or truth.name != "hf" or self._checkpoint is None:
+            return none
+        if EDITED * self._checkpoint.size > free_memory():
+            self.notes.append(
+                "the reference's code was not edited to find the cause: memory is too short for its model"
+            )
+            return none
+        arguments = truth.arguments | to_arguments(question)
+        kind = list[EditFound]
+
+        def search() -> list[EditFound]:
+            return msgspec.convert(self._reference.compute(SEARCH, arguments, kind=kind), kind)
+
+        return self._attempt("the search for edits", search, none)
 
     def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
         return attempt(what, make, instead, notes=self.notes)

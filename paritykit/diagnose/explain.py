@@ -18,6 +18,8 @@ import torch
 from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
 from paritykit.diagnose.catalogue import UNKNOWN, CauseKind
+from paritykit.diagnose.edited import edited_causes
+from paritykit.diagnose.edits.ask import Ask
 from paritykit.diagnose.evidence import describe
 from paritykit.diagnose.known import weights_of
 from paritykit.diagnose.limits import allowed_of, pooled_floor
@@ -41,13 +43,17 @@ EXPLAINED_POINTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Two captures, the rules between them by the reference's point, and the reference's checkpoint."""
+    """Two captures, the rules between them by the reference's point, and the reference's checkpoint.
+
+    ``ask`` has the reference's process search for edits of its code.
+    """
 
     reference: Capture
     candidate: Capture
     rules: Mapping[str, Rule]
     config: Mapping[str, Any] | None = None
     read: ReadTensor | None = None
+    ask: Ask | None = None
 
     def scene(self, point: str, findings: list[Finding]) -> Scene:
         """The scene of a point, from its findings in all cases: those that fail come first, the short ones before."""
@@ -90,19 +96,21 @@ def explain(
     rules: Iterable[Rule],
     config: Mapping[str, Any] | None = None,
     read: ReadTensor | None = None,
+    ask: Ask | None = None,
 ) -> list[Finding]:
     """``findings`` with causes at the first points that differ; the others as they are.
 
-    ``rules`` are the mapping between both captures, ``config`` and ``read`` the reference's checkpoint.
+    ``rules`` are the mapping between both captures, ``config`` and ``read`` the reference's checkpoint. With ``ask``
+    the reference's code is edited where no other cause fits.
     """
     known = list(findings)
     table = {r.reference: r for r in rules}
-    sides = Sides(reference=reference, candidate=candidate, rules=table, config=config, read=read)
+    sides = Sides(reference=reference, candidate=candidate, rules=table, config=config, read=read, ask=ask)
     by_point: dict[str, list[Finding]] = defaultdict(list)
     for finding in known:
         if finding.check in COMPARING:
             by_point[finding.point].append(finding)
-    made = {p: _explained(p, by_point[p], known, sides) for p in _first_points(known)}
+    made = {p: _explained(p, by_point, known, sides) for p in _first_points(known)}
     return [
         msgspec.structs.replace(f, causes=made[f.point], slices=sides.slices(f))
         if f.verdict == "fail" and f.check in COMPARING and f.point in made
@@ -111,8 +119,9 @@ def explain(
     ]
 
 
-def _explained(point: str, findings: list[Finding], known: list[Finding], sides: Sides) -> list[Cause]:
+def _explained(point: str, by_point: Mapping[str, list[Finding]], known: list[Finding], sides: Sides) -> list[Cause]:
     """The causes of one point. What check ``weights`` says of its module comes first: it looked at the weights."""
+    findings = by_point[point]
     if point not in sides.rules or point not in sides.reference.points:
         return [_not_computed(findings[0], f"there is no computation to test at {point}")]
     parameters: dict[str, str] = sides.reference.manifest.facts.get("parameters", {})
@@ -120,6 +129,8 @@ def _explained(point: str, findings: list[Finding], known: list[Finding], sides:
     try:
         scene = sides.scene(point, findings)
         said = causes_of(scene) if scene.cases else []
+        if sides.ask is not None and not told and [c.name for c in said] == [UNKNOWN.name]:
+            said = edited_causes(scene, by_point, said[0], sides.ask)
     except ODD as error:
         log.debug("%s cannot be explained: %s: %s", point, type(error).__name__, error)
         said = [_not_computed(findings[0], f"{point} cannot be looked at: {error}")]

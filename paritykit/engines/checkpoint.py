@@ -93,6 +93,11 @@ class Checkpoint:
         return sorted(self.path.glob("*.safetensors")) or sorted(self.path.glob("*.bin"))
 
     @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
     def tensors(self) -> dict[str, list[int]]:
         """Tensor names to shapes, from the safetensors headers. Raises UsageError for a damaged file."""
         return {name: entry.shape for name, entry in self._entries.items()}

@@ -156,6 +156,12 @@ class HFEngine:
         writer.write(out, draws=plan.draws, seed=plan.seed, dtype=str(self._dtype).removeprefix("torch."))
         return Ensemble.open(out)
 
+    @contextmanager
+    def computing(self) -> Iterator[Any]:
+        """The loaded model, in whose code the engine's own dtype holds meanwhile."""
+        with self._precision():
+            yield self._model
+
     def describe(self) -> Side:
         """Versions, dtype and attention of the loaded model."""
         return Side(

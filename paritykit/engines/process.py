@@ -252,6 +252,11 @@ class ProcessEngine:
         self._side: Side | None = None
         self._begun = False
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the engine is made with, by name."""
+        return {"model": self._order.model, "arguments": self._order.arguments}
+
     def begin(self) -> None:
         """Let the process start and load the model while others work; ``open`` waits for it.
 

@@ -418,6 +418,16 @@ TABLE: tuple[dict[str, Any], ...] = (
         "tests": ("dtype:rounding", "moe:rounded_router"),
     },
     {
+        "code": "PK190",
+        "name": "step-changed",
+        "what": "One step of the reference's code is left out, or done otherwise.",
+        "tested": (
+            "Where no other cause fits, the reference's module runs again on its own inputs with one edit at a time: "
+            "of its code, its parameters, its children or its settings."
+        ),
+        "look": "The engine's code for the file and line of the reference that the evidence names.",
+    },
+    {
         "code": "PK199",
         "name": "unknown",
         "what": "None of the causes that are tested explains the difference.",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from paritykit.captures.nested import exchange
 from paritykit.captures.recorder import Call, Seen
-from paritykit.engines.reading import exchange
 
 ROTARY = "vLLM's rotary module returns rotated q and k, not cos and sin; its effect shows at the attention's output"
 FUSED_ACTIVATION = "vLLM's activation multiplies gate and up; the product is compared as down_proj#input"

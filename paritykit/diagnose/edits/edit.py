@@ -1,0 +1,29 @@
+"""One change of a module's code, of what it holds, or of its children. An edit is a context in which that is so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+Enter = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """``label`` completes "with ... the reference gives the candidate's numbers".
+
+    ``where`` is the file and line of the reference that the candidate then does not do, ``code`` that line. ``prior``
+    weighs the plainer of two that compute the same; ``free`` numbers of it were fitted to the candidate.
+    """
+
+    label: str
+    enter: Enter
+    where: str = ""
+    code: str = ""
+    prior: float = 1.0
+    free: int = 0
+
+
+Kind = Callable[..., Iterable[Edit]]
