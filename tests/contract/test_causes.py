@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from paritykit.checks import CHECKS
 from paritykit.cli import cli, execute
-from paritykit.diagnose.catalogue import CAUSES, CauseKind, find_cause
+from paritykit.diagnose.catalogue import CAUSES, UNKNOWN, CauseKind, find_cause
+from paritykit.diagnose.edited import STEP
 from paritykit.diagnose.known import PLAIN
 from paritykit.errors import UnknownNameError
 from paritykit.reports.causes import markdown
@@ -83,7 +84,7 @@ def test_every_cause_has_a_code_of_its_own_and_says_what_it_is() -> None:
     assert all(re.fullmatch(r"PK1\d\d", code) for code in codes)
     for kind in KINDS.values():
         assert all(text.endswith(".") for text in (kind.what, kind.tested, kind.look)), kind.name
-        assert [callable(kind.source(t)) for t in kind.tests] or kind.name == "unknown"
+        assert [callable(kind.source(t)) for t in kind.tests] or kind.name in (UNKNOWN.name, STEP.name)
 
 
 def test_the_page_lists_all_of_them() -> None:
