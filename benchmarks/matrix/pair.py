@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ from paritykit.plan import make_plan
 from paritykit.results import Results
 from paritykit.session import Session
 from paritykit.testing.drawn.catalogue import BACKEND, class_names, find_class, vllm_classes
+from paritykit.testing.folders import without_folders
 
 DIED = ("the engine's process died", "the engine's process exited", "the engine's process stopped")
 LAST_WORDS = "; the engine's last words:"
@@ -144,7 +144,7 @@ def _with(row: Row, outcome: Outcome, reason: str) -> Row:
 
 def reason_of(error: ParityError) -> str:
     """What an engine says, without folders of this machine: the model's, its last words, and where its log is."""
-    return re.sub(r"\S*/drawn/\S+", "the model", message_of(str(error).partition(LAST_WORDS)[0]))
+    return without_folders(message_of(str(error).partition(LAST_WORDS)[0]))
 
 
 def _short(text: str) -> str:

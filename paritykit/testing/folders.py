@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,15 @@ def kept_folder(namespace: str, name: str, recipe: Any) -> Path:
     """Where in the Hugging Face assets cache a checkpoint lies that is made by ``recipe``, which is plain data."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     return cached_assets_path("paritykit", namespace=namespace, subfolder=f"{name}-{digest}")
+
+
+def without_folders(text: str) -> str:
+    """A text in which folders of ``kept_folder`` are not named: they are this machine's.
+
+    >>> without_folders("cannot start /home/me/assets/paritykit/drawn/bert-668d1da08f311d41: no head")
+    'cannot start the model: no head'
+    """
+    return re.sub(r"[^\s'\"(]*/paritykit/[a-z]+/[\w.=,-]*-[0-9a-f]{16}", "the model", text)
 
 
 def empty_folder(path: str | os.PathLike[str]) -> Path:

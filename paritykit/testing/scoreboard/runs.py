@@ -14,6 +14,7 @@ from paritykit.engines.checkpoint import Checkpoint
 from paritykit.errors import EngineError, ParityError
 from paritykit.runner import audit_results, weight_results
 from paritykit.testing.faults import Fault, find, planted
+from paritykit.testing.folders import without_folders
 from paritykit.testing.scoreboard.ground import Ground, Sides
 from paritykit.testing.scoreboard.models import layer_of, model_of
 from paritykit.testing.scoreboard.outcome import Outcome
@@ -39,8 +40,8 @@ def run_trial(ground: Ground, trial: Trial) -> Outcome:
 
 
 def reason_of(error: ParityError) -> str:
-    """The first line of an error: what an engine printed at its end names folders of one machine."""
-    said = next(iter(str(error).splitlines()), "").removesuffix("; the engine's last words:")
+    """The first line of an error, without folders of this machine, which its end names too."""
+    said = without_folders(next(iter(str(error).splitlines()), "")).removesuffix("; the engine's last words:")
     return f"{type(error).__name__}: {said}"[:400]
 
 
