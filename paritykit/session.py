@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from paritykit.checks.base import (
 from paritykit.checks.routing import idle_experts
 from paritykit.comparison.tolerance import check_overrides
 from paritykit.config import Config, load_config
-from paritykit.diagnose.edits.ask import SEARCH, EditFound, Question, to_arguments
+from paritykit.diagnose.edits.ask import SEARCH, EditFound, Question
 from paritykit.engines.base import Engine, Progress
 from paritykit.engines.checkpoint import Checkpoint
 from paritykit.engines.process import ProcessEngine
@@ -262,13 +262,9 @@ class Session:
                 "the reference's code was not edited to find the cause: memory is too short for its model"
             )
             return none
-        arguments = truth.arguments | to_arguments(question)
-        kind = list[EditFound]
-
-        def search() -> list[EditFound]:
-            return msgspec.convert(self._reference.compute(SEARCH, arguments, kind=kind), kind)
-
-        return self._attempt("the search for edits", search, none)
+        arguments = truth.arguments | {"question": msgspec.to_builtins(question)}
+        compute = partial(self._reference.compute, SEARCH, arguments, kind=list[EditFound])
+        return self._attempt("the search for edits", compute, none)
 
     def _attempt(self, what: str, make: Callable[[], T], instead: T) -> T:
         return attempt(what, make, instead, notes=self.notes)

@@ -32,9 +32,9 @@ def edited_causes(scene: Scene, by_point: Mapping[str, list[Finding]], unknown: 
         cases=scene.cases,
     )
     found = ask(question)
-    fitting = [f for f in found if f.fits]
-    if fitting:
-        return [_cause(f) for f in fitting[:1]]
+    fitting = next((f for f in found if f.fits), None)
+    if fitting is not None:
+        return [_cause(fitting)]
     if not found:
         return [unknown]
     near = "; ".join(f"{_said(f)} leaves {f.left:.0%}" for f in found[:SHOWN])
@@ -50,8 +50,7 @@ def _looks(scene: Scene, by_point: Mapping[str, list[Finding]]) -> Iterator[Look
         measured = [f for f in findings if f.metrics]
         if path in scene.rules and any(f.verdict == "fail" for f in measured):
             floor = pooled_floor(measured)
-            allowed = allowed_of(measured, floor)
-            yield Looked(point=path, whole=allowed.whole, position=allowed.position, floor=floor)
+            yield Looked(point=path, allowed=allowed_of(measured, floor), floor=floor)
         if path == scene.layer:
             return
         path = path.rpartition(".")[0]

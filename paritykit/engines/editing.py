@@ -10,7 +10,6 @@ import torch
 
 from paritykit.captures.manifest import split_key
 from paritykit.captures.reader import Capture
-from paritykit.comparison.tolerance import Tolerance
 from paritykit.diagnose.edits.ask import EditFound, Looked, Question
 from paritykit.diagnose.edits.rerun import Rerun
 from paritykit.diagnose.edits.search import Explained, Search, edits_of
@@ -24,13 +23,14 @@ Progress = Callable[[str, int, int], None]
 
 def search_edits(
     model: str, arguments: dict[str, Any], question: dict[str, Any], progress: Progress | None = None
-) -> Any:
+) -> list[EditFound]:
     """The best edits at the first of the places where one explains the difference, or else those that come nearest.
 
-    ``model`` and ``arguments`` are the reference's, of engine ``hf``. Gives a list of ``EditFound``, best first, as
-    what JSON can hold; an empty one where nothing could be run again.
+    ``model`` and ``arguments`` are the reference's, of engine ``hf``. The best comes first; there is none
+    where nothing could be run again.
     """
     asked = msgspec.convert(question, Question)
+    sides = (Capture.open(asked.reference, verify=False), Capture.open(asked.candidate, verify=False))
     engine = HFEngine(model, **arguments)
     engine.open()
     try:
@@ -38,24 +38,24 @@ def search_edits(
         for number, look in enumerate(asked.looks):
             if progress:
                 progress("editing the reference's code", number, len(asked.looks))
-            found = _at(engine, look, asked)
+            found = _at(engine, look, asked, sides)
             if any(f.fits for f in found):
-                return msgspec.to_builtins(found)
+                return found
             nearest = min(nearest, found, key=lambda x: x[0].left if x else 1.0)
-        return msgspec.to_builtins(nearest)
+        return nearest
     finally:
         engine.close()
 
 
-def _at(engine: HFEngine, look: Looked, asked: Question) -> list[EditFound]:
+def _at(engine: HFEngine, look: Looked, asked: Question, sides: tuple[Capture, Capture]) -> list[EditFound]:
     scene = Scene(
-        reference=Capture.open(asked.reference, verify=False),
-        candidate=Capture.open(asked.candidate, verify=False),
+        reference=sides[0],
+        candidate=sides[1],
         rules={r.reference: r for r in asked.rules},
         point=look.point,
         located=look.point,
         cases=asked.cases,
-        allowed=Tolerance(look.whole, look.position, ""),
+        allowed=look.allowed,
         floor=look.floor,
     )
     path = split_key(look.point)[0]

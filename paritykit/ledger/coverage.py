@@ -11,18 +11,9 @@ from paritykit.provenance.weightmap import Spans, show, size
 
 
 def unread(subject: WeightSubject) -> Iterator[Problem]:
-    """Checkpoint elements that landed on no rank. Scattered ones did, but nothing tells which; of those that were not
-    followed nothing is known.
-    """
-    scattered = {g.tensor for g in subject.gaps if g.kind == "scattered"} | subject.unfollowed.keys()
-    for name, (shape, _) in subject.expected.tensors.items():
-        handed = name in subject.found.tensors
-        if name in scattered:
-            continue
-        if name not in subject.by_tensor:
-            how = "was handed to the loader and ignored" if handed else "was not even read by the loader"
-            yield Problem(code="unread", name=name, message=f"{name} {how}", elements=size_of(shape))
-            continue
+    """Checkpoint elements that landed on no rank: of whole tensors, then of parts."""
+    yield from lost(subject)
+    for name in (n for n in _known(subject) if n in subject.by_tensor):
         cells = Cells((x.source for x in subject.by_tensor[name]), subject.shape(name))
         missing = cells.counts == 0
         if missing.any():
@@ -30,6 +21,20 @@ def unread(subject: WeightSubject) -> Iterator[Problem]:
             where = boxes_text(cells.where(missing), subject.shape(name))
             text = f"{name}{where} {'landed on no rank' if subject.ranks > 1 else 'did not arrive'} ({count} elements)"
             yield Problem(code="unread", name=name, message=text, elements=count)
+
+
+def lost(subject: WeightSubject) -> Iterator[Problem]:
+    """Checkpoint tensors that landed on no rank."""
+    for name in (n for n in _known(subject) if n not in subject.by_tensor):
+        handed, shape = name in subject.found.tensors, subject.expected.tensors[name][0]
+        how = "was handed to the loader and ignored" if handed else "was not even read by the loader"
+        yield Problem(code="unread", name=name, message=f"{name} {how}", elements=size_of(shape))
+
+
+def _known(subject: WeightSubject) -> list[str]:
+    """Tensors of which it is known where they landed: not the scattered ones, nor those that were not followed."""
+    scattered = {g.tensor for g in subject.gaps if g.kind == "scattered"} | subject.unfollowed.keys()
+    return [name for name in subject.expected.tensors if name not in scattered]
 
 
 def unwritten(subject: WeightSubject) -> Iterator[Problem]:

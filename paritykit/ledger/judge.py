@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import msgspec
 
-from paritykit.ledger.coverage import unread
+from paritykit.ledger.coverage import lost
 from paritykit.ledger.problem import Problem, on_rank, size_of
 from paritykit.ledger.problems import find_problems
 from paritykit.ledger.subject import WeightSubject
@@ -94,8 +94,7 @@ def _finding(subject: WeightSubject, name: str, problems: list[Problem], order: 
 
 def lost_tensors(subject: WeightSubject) -> list[str]:
     """Tensors that arrived nowhere, though nothing so far says that it is meant to be."""
-    lost = [] if subject.errors else [p for p in unread(subject) if p.name not in subject.by_tensor]
-    return [p.name for p in lost if not allowed_reason(subject, p)]
+    return [] if subject.errors else [p.name for p in lost(subject) if not allowed_reason(subject, p)]
 
 
 def allowed_reason(subject: WeightSubject, problem: Problem) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
+from paritykit.comparison.tolerance import Tolerance
 from paritykit.mapping.rules import Rule
 
 SEARCH = "paritykit.engines.editing:search_edits"
@@ -20,8 +20,7 @@ class Looked(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     point: str
-    whole: float
-    position: float
+    allowed: Tolerance
     floor: float = 0.0
 
 
@@ -55,9 +54,3 @@ class EditFound(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Ask = Callable[[Question], list[EditFound]]
-
-
-def to_arguments(question: Question) -> dict[str, Any]:
-    """As what JSON can hold."""
-    found: dict[str, Any] = msgspec.to_builtins(question)
-    return {"question": found}

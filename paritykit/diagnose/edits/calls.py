@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,19 +11,15 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
+from paritykit.diagnose.causes.mlp import ACTIVATIONS as KNOWN
+from paritykit.diagnose.causes.mlp import Function
 from paritykit.diagnose.edits.edit import Edit
 from paritykit.diagnose.edits.sites import Act, Called, Editing, Place
 
-Function = Callable[[torch.Tensor], torch.Tensor]
+WORDED = {"gelu in its tanh form": "gelu's tanh form", "quick gelu": "gelu's sigmoid form"}
+"""How a function is named where it takes another's place."""
 ACTIVATIONS: dict[str, Function] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu's tanh form": partial(functional.gelu, approximate="tanh"),
-    "gelu's sigmoid form": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": functional.relu,
-    "squared relu": lambda x: functional.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+    **{WORDED.get(name, name): function for name, function in KNOWN.items() if name != "no activation"},
     "softplus": functional.softplus,
 }
 """Functions of one number that take each other's place."""
@@ -42,7 +38,7 @@ LEFT_OUT, OTHER, NARROW = 1.0, 0.7, 0.2
 
 
 def call_edits(calls: Iterable[Called], *, tokens: int) -> Iterator[Edit]:
-    """Edits at each place, then at all places of one line's function: q, k and v are often three lines alike."""
+    """Edits at each place, then at all places of a function in a file: q, k and v are often three lines alike."""
     known: dict[Place, Called] = {}
     for call in calls:
         known.setdefault(call.place, call)

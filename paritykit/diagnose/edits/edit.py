@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ class Edit:
     """``label`` completes "with ... the reference gives the candidate's numbers".
 
     ``where`` is the file and line of the reference that the candidate then does not do, ``code`` that line. ``prior``
-    weighs the plainer of two that compute the same; ``free`` numbers of it were fitted to the candidate.
+    weighs the plainer of two that compute the same.
     """
 
     label: str
@@ -23,7 +23,3 @@ class Edit:
     where: str = ""
     code: str = ""
     prior: float = 1.0
-    free: int = 0
-
-
-Kind = Callable[..., Iterable[Edit]]

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,16 @@ def parameter_edits(module: nn.Module) -> Iterator[Edit]:
 
 
 def setting_edits(module: nn.Module) -> Iterator[Edit]:
-    """Each number, flag or absence that a module or one inside keeps, turned: off, one more or less, or what its
-    neighbours in the config have.
-    """
+    """Each number, flag or absence that a module or one inside keeps, turned: off, one more or less, a multiple."""
     for path, inner in module.named_modules():
         for name, value in vars(inner).items():
             if name.startswith("_") or name in ("training", "layer_idx"):
                 continue
-            where = f"{path}.{name}".lstrip(".")
+            setting = f"{path}.{name}".lstrip(".")
+            where, code = read_at(inner, name)
             for other in _others(value):
-                label = f"{where} {other!r} in place of {value!r}"
-                at, code = read_at(inner, name)
-                yield Edit(label, partial(_set, inner, name, other), where=at, code=code, prior=OTHER)
+                label = f"{setting} {other!r} in place of {value!r}"
+                yield Edit(label, partial(_set, inner, name, other), where=where, code=code, prior=OTHER)
 
 
 def _others(value: Any) -> Iterator[Any]:
@@ -90,13 +88,21 @@ def called_at(module: nn.Module, path: str) -> tuple[str, str]:
 
 def read_at(module: nn.Module, name: str) -> tuple[str, str]:
     """File and line, and that line, where a module's own ``forward`` reads an attribute first; empty for nowhere."""
-    try:
-        file, (lines, start) = inspect.getsourcefile(type(module)), inspect.getsourcelines(type(module).forward)
-    except (OSError, TypeError):
-        return "", ""
+    kind: Any = type(module)
+    file, lines, start = _source_of(kind)
     found = re.compile(rf"\bself\.{re.escape(name)}\b")
     place = next((n for n, line in enumerate(lines) if found.search(line)), None)
-    return ("", "") if place is None else (f"{Path(file or '').name}:{start + place}", lines[place].strip())
+    return ("", "") if place is None else (f"{file}:{start + place}", lines[place].strip())
+
+
+@cache
+def _source_of(kind: type[nn.Module]) -> tuple[str, list[str], int]:
+    """A class's file, the lines of its ``forward`` and the number of the first; no line where there is no source."""
+    try:
+        file, (lines, start) = inspect.getsourcefile(kind), inspect.getsourcelines(kind.forward)
+    except (OSError, TypeError):
+        return "", [], 0
+    return Path(file or "").name, lines, start
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
@@ -123,15 +129,16 @@ def _without(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _exchanged(one: nn.Module, two: nn.Module) -> Iterator[None]:
     """Each computes with the other's parameters."""
-    pairs = [(dict(one.named_parameters())[n], p) for n, p in two.named_parameters()]
-    kept = [(a, a.data) for a, _ in pairs] + [(b, b.data) for _, b in pairs]
-    for a, b in pairs:
-        a.data, b.data = b.data, a.data
+
+    def exchange_all() -> None:
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            a.data, b.data = b.data, a.data
+
+    exchange_all()
     try:
         yield
     finally:
-        for parameter, data in kept:
-            parameter.data = data
+        exchange_all()
 
 
 @contextmanager

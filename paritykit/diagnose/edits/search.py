@@ -26,6 +26,8 @@ SAME = 1e-4
 """Share of the difference by which two edits give the same numbers."""
 FINAL = 6
 """Edits that are held against all positions: the best of the first look."""
+LOOKED = 4 * FINAL
+"""Edits whose rows are kept in a first look: some of them give the same numbers."""
 REPRODUCED = 1e-3
 """Times the difference that there is: how near the module's own rows a run of it as it is must come."""
 
@@ -70,9 +72,10 @@ class Search:
             self.tried += 1
             if rows is not None:
                 looked.append((self._left(rows, self._halves[0]), edit, rows))
-        looked.sort(key=lambda x: (round(x[0], 6), -x[1].prior))
+                looked.sort(key=lambda x: (round(x[0], 6), -x[1].prior))
+                del looked[LOOKED:]
         found: list[Explained] = []
-        for _, edit, rows in looked[: 4 * FINAL]:
+        for _, edit, rows in looked:
             if len(found) < FINAL and not any(self._alike(rows, other.rows) for other in found):
                 found.append(self._explained(edit, rows))
         return sorted(found, key=lambda e: -e.tried.weight)
@@ -80,7 +83,7 @@ class Search:
     def _explained(self, edit: Edit, rows: torch.Tensor) -> Explained:
         lengths = [self._rerun.length(c) for c in self._cases]
         parts = dict(zip(self._cases, torch.split(rows, lengths), strict=True))
-        tried = self._bar.hold(Trial(edit.label, lambda case: parts[case], free=edit.free, prior=edit.prior))
+        tried = self._bar.hold(Trial(edit.label, lambda case: parts[case], prior=edit.prior))
         return Explained(edit, tried, self._left(rows, self._halves[1]), rows)
 
     def _attempt(self, edit: Edit) -> torch.Tensor | None:

@@ -40,7 +40,6 @@ class Called(NamedTuple):
     """A call that was seen. ``operands``: its tensors' shapes, in order; ``gives``: that of its result."""
 
     place: Place
-    func: Any
     operands: tuple[torch.Size, ...]
     gives: torch.Size
     floating: bool
@@ -68,7 +67,7 @@ class Watching(TorchFunctionMode):
         result = func(*args, **given)
         place = place_of(func, sys._getframe(1))
         if place is not None and isinstance(result, torch.Tensor):
-            self.calls.append(Called(place, func, shapes, result.shape, floating and result.is_floating_point()))
+            self.calls.append(Called(place, shapes, result.shape, floating and result.is_floating_point()))
         return result
 
 
